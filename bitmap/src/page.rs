@@ -1,0 +1,78 @@
+//! Pages and ranges of pages.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{BlockId, Error, Result};
+
+/// Bytes in a page. KVM logs dirty memory in pages of this size on every host with 4 KiB pages.
+pub const PAGE_SIZE: u64 = 4096;
+/// `log2` of [`PAGE_SIZE`].
+pub const PAGE_SHIFT: u32 = 12;
+
+/// Whole pages in `bytes`.
+///
+/// # Errors
+/// [`Error::Unaligned`] when `bytes` is zero or not a multiple of [`PAGE_SIZE`].
+pub fn pages_of(what: &'static str, bytes: u64) -> Result<u64> {
+    if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(Error::Unaligned { what, value: bytes });
+    }
+    Ok(bytes / PAGE_SIZE)
+}
+
+/// A range of pages inside a RAM block, counted from the block's start.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct PageRange {
+    /// First page.
+    pub first: u64,
+    /// Number of pages.
+    pub pages: u64,
+}
+
+impl PageRange {
+    /// The range of `pages` pages from `first` on.
+    #[must_use]
+    pub const fn new(first: u64, pages: u64) -> Self {
+        Self { first, pages }
+    }
+
+    /// The page after the last one. Saturates, so that a hostile range compares as too long.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.first.saturating_add(self.pages)
+    }
+
+    /// The pages that both ranges have.
+    #[must_use]
+    pub fn intersect(&self, other: &Self) -> Option<Self> {
+        let first = self.first.max(other.first);
+        let end = self.end().min(other.end());
+        (first < end).then(|| Self::new(first, end - first))
+    }
+
+    /// Whether `other` lies wholly inside.
+    #[must_use]
+    pub const fn contains(&self, other: &Self) -> bool {
+        other.first >= self.first && other.end() <= self.end()
+    }
+}
+
+/// A range of pages of one RAM block: the unit in which pages are leased, sent and written.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Extent {
+    /// The block.
+    pub block: BlockId,
+    /// Its pages.
+    pub range: PageRange,
+}
+
+impl Extent {
+    /// The extent of `pages` pages of `block` from `first` on.
+    #[must_use]
+    pub const fn new(block: BlockId, first: u64, pages: u64) -> Self {
+        Self {
+            block,
+            range: PageRange::new(first, pages),
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Dirty sources, and the order in which they may be used: collect, re-arm, publish.
+//!
+//! A page's contents may be read only after its source will report the next write to it. Read earlier, a write
+//! between the read and the re-arming is in neither the copy nor the log. So what a source collects goes into a
+//! [`Collected`], which gives no page number to anybody; only a [`Harvester`] turns it into bits of the store, and
+//! only after [`DirtySource::rearm`] said that all of it is re-armed. Page numbers come out of the store alone, as a
+//! [`Lease`](crate::Lease).
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::{BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Slot, SlotKey};
+
+/// What a harvest has to cover.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope<'a> {
+    /// Everything the source knows.
+    All,
+    /// At least these slots (sorted): they are about to go. A source that can't tell slots apart collects everything.
+    Slots(&'a [SlotKey]),
+}
+
+impl Scope<'_> {
+    /// Whether `key` has to be covered.
+    #[must_use]
+    pub fn covers(&self, key: SlotKey) -> bool {
+        match self {
+            Self::All => true,
+            Self::Slots(keys) => keys.binary_search(&key).is_ok(),
+        }
+    }
+}
+
+/// How re-arming went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rearm {
+    /// The next write to any collected page will be reported.
+    Complete,
+    /// It may not be. The pages are held back.
+    Short {
+        /// Pages collected and awaiting re-arming.
+        collected: u64,
+        /// Pages the kernel says it re-armed.
+        rearmed: u64,
+    },
+}
+
+/// Something that knows of dirtied pages: KVM's bitmap or rings, the VMM's own write logs, a device's log.
+pub trait DirtySource {
+    /// Its name, for messages.
+    fn name(&self) -> String;
+
+    /// Moves what it knows into `into`, interpreted by `layout`, which is the one it was recorded under.
+    ///
+    /// # Errors
+    /// Why it could not. What went into `into` before stays there; what did not must still be in the source.
+    fn collect(&mut self, layout: &Layout, scope: Scope<'_>, into: &mut Collected) -> Result<()>;
+
+    /// Arms the source again for everything collected since the last complete re-arming.
+    ///
+    /// # Errors
+    /// Why it could not; the same as [`Rearm::Short`] with nothing re-armed.
+    fn rearm(&mut self) -> Result<Rearm>;
+}
+
+/// Bits on their way from a source to the store. Write-only to everybody but the [`Harvester`].
+#[derive(Debug, Default)]
+pub struct Collected {
+    blocks: BTreeMap<BlockId, Staging>,
+}
+
+/// Bits of one block, and which of its words may be non-zero: clearing and publishing follow that, not the block's size.
+#[derive(Debug)]
+struct Staging {
+    bits: PageBitmap,
+    touched: Range<u64>,
+}
+
+impl Staging {
+    fn touch(&mut self, range: PageRange) {
+        if self.touched.is_empty() {
+            self.touched = range.first..range.end();
+        } else {
+            self.touched = self.touched.start.min(range.first)..self.touched.end.max(range.end());
+        }
+    }
+
+    fn touched(&self) -> PageRange {
+        PageRange::new(self.touched.start, self.touched.end - self.touched.start)
+    }
+}
+
+impl Collected {
+    fn staging(&mut self, block: BlockId, range: PageRange) -> Result<&mut Staging> {
+        let staging = self
+            .blocks
+            .get_mut(&block)
+            .ok_or(Error::UnknownBlock { block })?;
+        let pages = staging.bits.pages();
+        if range.end() > pages {
+            return Err(Error::OutsideBlock {
+                block,
+                pages,
+                range,
+            });
+        }
+        if range.pages > 0 {
+            staging.touch(range);
+        }
+        Ok(staging)
+    }
+
+    /// Takes a slot's bitmap as KVM filled it: bit `n` is page `n` of the slot.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBlock`], [`Error::OutsideBlock`], [`Error::LengthMismatch`] when `words` is shorter than the slot.
+    pub fn or_slot(&mut self, slot: &Slot, words: &[u64]) -> Result<()> {
+        self.staging(slot.block, slot.range)?
+            .bits
+            .or_words_at(slot.range, words, 0)
+    }
+
+    /// Takes a bitmap of some pages of a block: bit `n` is page `range.first + n`.
+    ///
+    /// # Errors
+    /// As [`Collected::or_slot`].
+    pub fn or_block(&mut self, block: BlockId, range: PageRange, words: &[u64]) -> Result<()> {
+        self.staging(block, range)?
+            .bits
+            .or_words_at(range, words, 0)
+    }
+
+    /// Takes a single page.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBlock`], [`Error::OutsideBlock`].
+    pub fn mark(&mut self, block: BlockId, page: u64) -> Result<()> {
+        let staging = self.staging(block, PageRange::new(page, 1))?;
+        staging.bits.set(page);
+        Ok(())
+    }
+
+    /// Takes a range of pages.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBlock`], [`Error::OutsideBlock`].
+    pub fn mark_range(&mut self, block: BlockId, range: PageRange) -> Result<()> {
+        self.staging(block, range)?.bits.set_range(range);
+        Ok(())
+    }
+}
+
+/// What one harvest brought.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HarvestReport {
+    /// Distinct pages that went into the store.
+    pub pages: u64,
+}
+
+/// Runs sources in the one order that loses nothing, and holds back what could not be re-armed.
+///
+/// Invariant: a bit is in `staged` from the moment a source gave it away until it is in the store. An error leaves it
+/// here, never nowhere; and while it is here no lease can name it.
+#[derive(Debug, Default)]
+pub struct Harvester {
+    staged: Collected,
+}
+
+impl Harvester {
+    /// Makes room for a block. Bits of blocks it was not told of are refused.
+    pub fn add_block(&mut self, block: BlockId, pages: u64) {
+        self.staged.blocks.entry(block).or_insert_with(|| Staging {
+            bits: PageBitmap::new(pages),
+            touched: 0..0,
+        });
+    }
+
+    /// Forgets a block and what was held back of it.
+    pub fn remove_block(&mut self, block: BlockId) {
+        self.staged.blocks.remove(&block);
+    }
+
+    /// Collects from all sources, re-arms all of them, and publishes into `store` what was collected, now and by
+    /// earlier harvests that failed.
+    ///
+    /// # Errors
+    /// [`Error::Source`] and whatever a source returns: nothing was published, everything collected is held back;
+    /// call again. [`Error::RearmShort`]: the same, but the source has to be healed before the next call.
+    pub fn harvest<'s>(
+        &mut self,
+        sources: impl IntoIterator<Item = &'s mut dyn DirtySource>,
+        layout: &Layout,
+        scope: Scope<'_>,
+        store: &DirtyStore,
+    ) -> Result<HarvestReport> {
+        self.collect_and_rearm(sources, layout, scope)?;
+        Ok(self.publish(Some(store)))
+    }
+
+    /// As [`Harvester::harvest`], but what was collected goes nowhere: for the start of logging, when nobody is owed
+    /// anything yet and a log may start with all bits set.
+    ///
+    /// # Errors
+    /// As [`Harvester::harvest`].
+    pub fn discard<'s>(
+        &mut self,
+        sources: impl IntoIterator<Item = &'s mut dyn DirtySource>,
+        layout: &Layout,
+    ) -> Result<()> {
+        self.collect_and_rearm(sources, layout, Scope::All)?;
+        self.publish(None);
+        Ok(())
+    }
+
+    fn collect_and_rearm<'s>(
+        &mut self,
+        sources: impl IntoIterator<Item = &'s mut dyn DirtySource>,
+        layout: &Layout,
+        scope: Scope<'_>,
+    ) -> Result<()> {
+        let mut sources: Vec<_> = sources.into_iter().collect();
+        for source in &mut sources {
+            source.collect(layout, scope, &mut self.staged)?;
+        }
+        // Every source is re-armed even when an earlier one came up short: what it gave away must not wait longer
+        // than needed.
+        let mut outcome = Ok(());
+        for source in &mut sources {
+            let result = match source.rearm() {
+                Ok(Rearm::Complete) => Ok(()),
+                Ok(Rearm::Short { collected, rearmed }) => Err(Error::RearmShort {
+                    source_name: source.name(),
+                    collected,
+                    rearmed,
+                }),
+                Err(error) => Err(error),
+            };
+            outcome = outcome.and(result);
+        }
+        outcome
+    }
+
+    fn publish(&mut self, store: Option<&DirtyStore>) -> HarvestReport {
+        let mut report = HarvestReport::default();
+        for (&block, staging) in &mut self.staged.blocks {
+            let range = staging.touched();
+            if range.pages == 0 {
+                continue;
+            }
+            if let Some(store) = store {
+                report.pages += staging.bits.count_range(range);
+                store.publish(block, &staging.bits, range);
+            }
+            staging.bits.clear_range(range);
+            staging.touched = 0..0;
+        }
+        report
+    }
+}

@@ -1,0 +1,1 @@
+//! Gleaner's migration stream.

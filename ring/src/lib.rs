@@ -1,0 +1,1 @@
+//! KVM's dirty bitmap and dirty ring as dirty sources.
