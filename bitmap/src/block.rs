@@ -18,14 +18,12 @@ impl fmt::Display for BlockId {
     }
 }
 
-/// Hands out block ids, each once.
-#[derive(Debug, Default)]
-pub struct BlockIds(AtomicU64);
-
-impl BlockIds {
-    /// An id that was never handed out before.
-    pub fn next(&self) -> BlockId {
-        BlockId(self.0.fetch_add(1, Ordering::Relaxed))
+impl BlockId {
+    /// An id that this process never handed out before.
+    #[must_use]
+    pub fn fresh() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }
 

@@ -31,7 +31,7 @@ mod store;
 mod write_log;
 
 pub use bits::{count_bits, or_bits};
-pub use block::{BlockId, BlockIds, BlockInfo};
+pub use block::{BlockId, BlockInfo};
 pub use error::{Error, Result};
 pub use layout::{Generation, Layout, LayoutEditor};
 pub use lease::{Consumer, Lease};

@@ -140,6 +140,22 @@ impl Collected {
         Ok(())
     }
 
+    /// Takes single pages of one block, in any order.
+    ///
+    /// # Errors
+    /// [`Error::UnknownBlock`], [`Error::OutsideBlock`]: none of them was taken then.
+    pub fn mark_pages(&mut self, block: BlockId, pages: &[u64]) -> Result<()> {
+        let (Some(&low), Some(&high)) = (pages.iter().min(), pages.iter().max()) else {
+            return Ok(());
+        };
+        let hull = PageRange::new(low, (high - low).saturating_add(1));
+        let staging = self.staging(block, hull)?;
+        for &page in pages {
+            staging.bits.set(page);
+        }
+        Ok(())
+    }
+
     /// Takes a range of pages.
     ///
     /// # Errors

@@ -1,1 +1,30 @@
-//! KVM's dirty bitmap and dirty ring as dirty sources.
+//! KVM's dirty log and dirty ring as dirty sources.
+//!
+//! * [`Kvm`]: the memory calls of a VM, as a trait; [`StockKvm`] makes them for real.
+//! * [`MemslotCall`]: one change of one slot, and its inverse.
+//! * [`Tracking`], [`Capabilities`]: which way of tracking the kernel offers, and how it is switched on.
+//! * [`BitmapSource`]: `KVM_GET_DIRTY_LOG`, with or without manual protection.
+//! * [`RingSource`]: the dirty rings of all vCPUs, reset with every signal blocked.
+//!
+//! Both sources are [`gleaner_bitmap::DirtySource`]s: nothing that can be read comes out of them before they are
+//! re-armed.
+
+mod bitmap_source;
+mod calls;
+mod capabilities;
+mod dirty_ring;
+mod error;
+mod kvm;
+mod ring_source;
+mod signals;
+mod stock;
+
+pub use bitmap_source::BitmapSource;
+pub use calls::MemslotCall;
+pub use capabilities::{Capabilities, Mode, Tracking};
+pub use dirty_ring::{DirtyRing, RING_FULL_EXIT};
+pub use error::{Error, Result};
+pub use kvm::{HostRange, Kvm, Region};
+pub use ring_source::{RingHandle, RingSource};
+pub use signals::with_signals_blocked;
+pub use stock::StockKvm;

@@ -1,0 +1,129 @@
+//! The memory calls of a VM, behind a trait.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use gleaner_bitmap::{PageRange, SlotKey};
+
+use crate::Result;
+
+/// Host memory that a slot may map, with what keeps it mapped.
+#[derive(Clone)]
+pub struct HostRange {
+    addr: u64,
+    bytes: u64,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+impl HostRange {
+    /// Host memory at `addr`.
+    ///
+    /// # Safety
+    /// * `addr..addr + bytes` is mapped readable and writable in this process for as long as `keep` lives.
+    /// * Nothing in this process holds a Rust reference into it: a guest writes there at any time.
+    #[must_use]
+    #[allow(unsafe_code)] // the constructor states a duty; it does nothing unsafe itself
+    pub unsafe fn new(addr: u64, bytes: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Self {
+            addr,
+            bytes,
+            _keep: keep,
+        }
+    }
+
+    /// Where it begins in this process.
+    #[must_use]
+    pub const fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A part of it; `None` when it reaches outside.
+    #[must_use]
+    pub fn part(&self, offset: u64, bytes: u64) -> Option<Self> {
+        (offset.checked_add(bytes)? <= self.bytes).then(|| Self {
+            addr: self.addr + offset,
+            bytes,
+            _keep: Arc::clone(&self._keep),
+        })
+    }
+}
+
+impl fmt::Debug for HostRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}+{:#x}", self.addr, self.bytes)
+    }
+}
+
+/// A slot as KVM is told of it.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// The slot.
+    pub key: SlotKey,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Host memory behind it.
+    pub host: HostRange,
+    /// Log dirty pages.
+    pub log: bool,
+    /// Guest writes exit to the VMM.
+    pub readonly: bool,
+}
+
+impl Region {
+    /// Pages that it maps.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.host.bytes() / gleaner_bitmap::PAGE_SIZE
+    }
+}
+
+/// The memory calls of one VM. Every call is made by the process that made the VM (any other gets EIO).
+pub trait Kvm: Send + Sync {
+    /// Creates a slot, moves it, or changes its flags: `KVM_SET_USER_MEMORY_REGION`, one kind of change a call. The
+    /// implementation keeps the region's host memory mapped for as long as the slot exists.
+    ///
+    /// # Errors
+    /// [`crate::Error::SetRegion`]; the slot is as it was. EEXIST: overlap. EINVAL: a resize, another host address, or
+    /// READONLY toggled, which KVM can't do in place.
+    fn set_region(&self, what: &'static str, region: &Region) -> Result<()>;
+
+    /// Deletes a slot. Its dirty log is gone with it.
+    ///
+    /// # Errors
+    /// [`crate::Error::SetRegion`]; the slot is as it was.
+    fn delete_region(&self, key: SlotKey) -> Result<()>;
+
+    /// Fetches a slot's dirty log into `words`. Plain: fetches, clears and re-arms. With manual protection: only fetches.
+    ///
+    /// # Errors
+    /// [`crate::Error::GetDirtyLog`], [`crate::Error::LogBuffer`] when `words` is not exactly that of the slot.
+    fn get_dirty_log(&self, key: SlotKey, words: &mut [u64]) -> Result<()>;
+
+    /// Clears and re-arms the pages whose bits are set in `words`; bit 0 is page `range.first` of the slot. `range.first`
+    /// and, unless the range reaches the slot's end, `range.pages` are multiples of 64.
+    ///
+    /// # Errors
+    /// [`crate::Error::ClearDirtyLog`], [`crate::Error::LogBuffer`].
+    fn clear_dirty_log(&self, key: SlotKey, range: PageRange, words: &[u64]) -> Result<()>;
+
+    /// Re-arms the pages of all ring entries marked as harvested; returns how many entries that were. Call it with all
+    /// signals blocked ([`crate::with_signals_blocked`]): a signal ends it early and leaves up to 64 pages unarmed but
+    /// counted (Linux 6.16 and later).
+    ///
+    /// # Errors
+    /// [`crate::Error::ResetRings`].
+    fn reset_dirty_rings(&self) -> Result<u64>;
+
+    /// Manual protection: off, on, or on with all bits initially set in logs that start from now on.
+    ///
+    /// # Errors
+    /// [`crate::Error::EnableCapability`].
+    fn set_manual_protect(&self, on: bool, initially_set: bool) -> Result<()>;
+}

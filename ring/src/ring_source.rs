@@ -1,0 +1,209 @@
+//! The dirty rings of all vCPUs as one dirty source.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use gleaner_bitmap::{Collected, DirtySource, Layout, Rearm, Scope, Slot, SlotKey};
+
+use crate::{DirtyRing, Kvm, with_signals_blocked};
+
+/// Calls of RESET without progress after which the rest is left to healing.
+const RESET_ATTEMPTS: u32 = 64;
+/// Pages gathered before they are handed over, so that the block is looked up once for many.
+const BATCH: usize = 512;
+
+/// What a vCPU thread shares with the source that reads its ring.
+#[derive(Debug, Default)]
+pub struct RingHandle {
+    full: AtomicBool,
+    gone: AtomicBool,
+}
+
+impl RingHandle {
+    /// The vCPU came back with a full ring.
+    pub fn set_full(&self) {
+        self.full.store(true, Ordering::Release);
+    }
+
+    /// The vCPU will not run any more: its ring is drained once more, then dropped.
+    pub fn set_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+}
+
+#[derive(Debug)]
+struct Ring {
+    ring: DirtyRing,
+    handle: Arc<RingHandle>,
+    /// Times in a row that the vCPU found its ring full and no entry could be read.
+    full_but_empty: u32,
+    /// The vCPU was gone before the ring was last drained: nothing can come any more.
+    drained_last: bool,
+}
+
+/// All rings of a VM.
+///
+/// Invariants:
+/// * `unreset` counts the entries read since the last RESET that was complete; while it is not zero, pages are unarmed.
+/// * `short` is set when a RESET stopped early: up to 64 pages were counted as reset and left unarmed, which is healed
+///   only by switching the log off and on with every vCPU out of `KVM_RUN`. Until then nothing collected is published.
+/// * An entry is interpreted by the layout that is passed in, and all rings are drained and reset before that layout
+///   changes; so a slot id can be used again at once.
+pub struct RingSource {
+    kvm: Arc<dyn Kvm>,
+    rings: Vec<Ring>,
+    unreset: u64,
+    short: bool,
+    /// Fullest ring of the last harvest, in thousandths.
+    fill: u32,
+}
+
+impl RingSource {
+    /// No rings yet.
+    #[must_use]
+    pub fn new(kvm: Arc<dyn Kvm>) -> Self {
+        Self {
+            kvm,
+            rings: Vec::new(),
+            unreset: 0,
+            short: false,
+            fill: 0,
+        }
+    }
+
+    /// Adds a vCPU's ring, before that vCPU runs.
+    pub fn add(&mut self, ring: DirtyRing) -> Arc<RingHandle> {
+        let handle = Arc::new(RingHandle::default());
+        self.rings.push(Ring {
+            ring,
+            handle: Arc::clone(&handle),
+            full_but_empty: 0,
+            drained_last: false,
+        });
+        handle
+    }
+
+    /// How full the fullest ring was at the last harvest, in thousandths: the reaper's measure.
+    #[must_use]
+    pub const fn fill(&self) -> u32 {
+        self.fill
+    }
+
+    /// The log was switched off and on for every slot, with every vCPU out of `KVM_RUN` and the rings drained: all
+    /// pages are armed again.
+    pub fn healed(&mut self) {
+        self.short = false;
+        self.unreset = 0;
+    }
+}
+
+/// Drains one ring. Returns whether it makes sense: `false` when entries must have been lost.
+fn drain(
+    ring: &mut Ring,
+    layout: &Layout,
+    into: &mut Collected,
+    taken: &mut u64,
+) -> gleaner_bitmap::Result<bool> {
+    let mut batch: Vec<u64> = Vec::with_capacity(BATCH);
+    let mut slot: Option<(SlotKey, Option<Slot>)> = None;
+    let mut sane = true;
+    let entries = u64::from(ring.ring.entries());
+    let mut count = 0;
+    let gone = ring.handle.gone.load(Ordering::Acquire);
+    let full = ring.handle.full.swap(false, Ordering::AcqRel);
+    while count < entries {
+        let Some((key, page)) = ring.ring.pop() else {
+            break;
+        };
+        count += 1;
+        if slot.is_none_or(|(current, _)| current != key) || batch.len() == BATCH {
+            flush(&mut batch, slot, into)?;
+            slot = Some((key, layout.slot(key).copied()));
+        }
+        match slot {
+            Some((_, Some(slot))) if page < slot.range.pages => batch.push(slot.range.first + page),
+            // No slot of that name, or past its end: the kernel skips whole batches at RESET for it.
+            _ => sane = false,
+        }
+    }
+    flush(&mut batch, slot, into)?;
+    *taken += count;
+    ring.full_but_empty = match (full, count) {
+        (_, 1..) => 0,
+        (true, 0) => ring.full_but_empty + 1,
+        (false, 0) => ring.full_but_empty,
+    };
+    ring.drained_last = gone;
+    // Once may be a harvest that came between the exit and this one; twice means the kernel's index is not ours.
+    Ok(sane && count < entries && ring.full_but_empty < 2)
+}
+
+fn flush(
+    batch: &mut Vec<u64>,
+    slot: Option<(SlotKey, Option<Slot>)>,
+    into: &mut Collected,
+) -> gleaner_bitmap::Result<()> {
+    if let Some((_, Some(slot))) = slot {
+        into.mark_pages(slot.block, batch)?;
+    }
+    batch.clear();
+    Ok(())
+}
+
+impl DirtySource for RingSource {
+    fn name(&self) -> String {
+        "dirty rings".into()
+    }
+
+    /// Drains every ring, whatever the scope: an entry that stays would be read by the next layout.
+    fn collect(
+        &mut self,
+        layout: &Layout,
+        _scope: Scope<'_>,
+        into: &mut Collected,
+    ) -> gleaner_bitmap::Result<()> {
+        self.fill = 0;
+        let mut lost = false;
+        for ring in &mut self.rings {
+            let before = self.unreset;
+            lost |= !drain(ring, layout, into, &mut self.unreset)?;
+            let fill = (self.unreset - before) * 1000 / u64::from(ring.ring.entries());
+            self.fill = self.fill.max(u32::try_from(fill).unwrap_or(1000));
+        }
+        if lost {
+            for block in layout.blocks() {
+                into.mark_range(block.id, block.all())?;
+            }
+            for ring in &mut self.rings {
+                ring.ring.resynchronise();
+                ring.full_but_empty = 0;
+            }
+            self.short = true;
+        }
+        Ok(())
+    }
+
+    fn rearm(&mut self) -> gleaner_bitmap::Result<Rearm> {
+        let collected = self.unreset;
+        if collected > 0 {
+            let mut attempts = 0;
+            while self.unreset > 0 && attempts < RESET_ATTEMPTS {
+                let done = with_signals_blocked(|| self.kvm.reset_dirty_rings())??;
+                self.unreset = self.unreset.saturating_sub(done);
+                // Whatever later calls return: where it stopped, pages may be counted and unarmed.
+                self.short |= self.unreset > 0;
+                attempts = if done == 0 { attempts + 1 } else { 0 };
+            }
+            self.rings
+                .retain(|r| !r.handle.gone.load(Ordering::Acquire));
+        }
+        Ok(if self.short {
+            Rearm::Short {
+                collected,
+                rearmed: collected - self.unreset,
+            }
+        } else {
+            Rearm::Complete
+        })
+    }
+}
