@@ -1,1 +1,74 @@
-//! Gleaner's migration stream.
+//! Gleaner's migration stream: wire format, sender, receiver, stop policy. No KVM.
+//!
+//! ```no_run
+//! # fn parts() -> (Box<dyn gleaner_migrate::Source>, Box<dyn gleaner_migrate::Destination>) { unimplemented!() }
+//! use gleaner_migrate::*;
+//! # let (mut source, mut destination) = parts();
+//! // the destination
+//! let listener = Listener::bind(&"unix:/run/in.sock".parse()?)?;
+//! let received = Receiver::new(&mut *destination, ReceiverOptions::default()).listen(&listener)?;
+//! println!("{:?} {:?}", received.status, received.reason);
+//!
+//! // the source
+//! let to: Address = "unix:/run/in.sock".parse()?;
+//! let id = MigrationId::random()?;
+//! let report = Sender::new(&mut *source, SenderOptions::new(id)).run(connect(&to)?);
+//! if report.status == Status::InDoubt {
+//!     // No answer after GO: the destination knows, when it can be reached again.
+//!     let outcome = query(&to, id, std::time::Duration::from_secs(5))?;
+//!     resolve(&mut *source, outcome)?;
+//! }
+//! # Ok::<(), gleaner_migrate::Error>(())
+//! ```
+//!
+//! ```text
+//!  Source --lease--> Sender ==frames, straight out of guest memory==> Receiver --straight into--> Destination
+//!         <---ack---        <---------------- Applied --------------
+//! ```
+//!
+//! * [`Sender`] drives a [`Source`] through rounds and the switchover; [`policy`] decides when the guest stops.
+//! * [`Receiver`] drives a [`Destination`]. It refuses whatever does not fit, and its reason is what the user of the
+//!   source reads.
+//! * [`wire`] is the format: identity on the wire is (block, page).
+//! * Never two guests: between GO and its answer the source stays stopped, until the destination has said what became
+//!   of it ([`query`], [`resolve`]).
+//!
+//! Guest memory is never a `&[u8]`: it changes while it is sent, and nothing here borrows it.
+
+// Counts of pages, bytes and seconds become f64 for rates and forecasts, where 53 bits are plenty.
+#![allow(clippy::cast_precision_loss)]
+
+mod address;
+mod blocks;
+mod destination;
+mod error;
+mod link;
+mod listener;
+mod memory;
+mod outcome;
+mod patience;
+pub mod policy;
+mod raw;
+mod receiver;
+mod report;
+mod rounds;
+mod scan;
+mod sender;
+mod source;
+mod stream;
+mod switchover;
+pub mod wire;
+
+pub use address::Address;
+pub use destination::Destination;
+pub use error::{Error, Result};
+pub use listener::Listener;
+pub use memory::{MappedMemory, Memory, PageMemory};
+pub use outcome::{MigrationId, Outcome, Outcomes, ask, query, resolve, serve_query};
+pub use patience::CancelToken;
+pub use policy::OnTimeout;
+pub use receiver::{Receiver, ReceiverOptions};
+pub use report::{Progress, Received, Report, Status};
+pub use sender::{Hold, OnProgress, Sender, SenderOptions};
+pub use source::{Harvested, LeaseId, LeasedPart, PageLease, Source};
+pub use stream::{Stream, connect};

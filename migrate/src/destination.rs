@@ -1,0 +1,52 @@
+//! What a receiver migrates to.
+
+use gleaner_bitmap::{BlockInfo, Layout};
+
+use crate::{Memory, Result};
+
+/// The guest to be, as the receiver sees it. The receiver calls the methods from one thread:
+///
+/// ```text
+/// ( remove_block (name taken over) ...  add_block ...  layout  remove_block ... )*  ready  run
+///   any failure before `run` returned Ok -> abort
+/// ```
+///
+/// Errors are made with [`Error::destination`](crate::Error::destination); their text travels to the source and is what
+/// its user reads.
+pub trait Destination: Send {
+    /// Makes memory for a new block: writable, all zero, of exactly `block.pages` pages. Name and length are a peer's:
+    /// the name is fit for a file, the length may be more than this host has.
+    ///
+    /// # Errors
+    /// Why there is none; the migration ends.
+    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory>;
+
+    /// The source removed the block. Called after the layout without it is in force, except when a new block takes its
+    /// name: then it goes before the new one is added.
+    ///
+    /// # Errors
+    /// Why it can't be removed; the migration ends.
+    fn remove_block(&mut self, block: &BlockInfo) -> Result<()>;
+
+    /// A new layout is in force. Each of its blocks has been added.
+    ///
+    /// # Errors
+    /// Why it can't be had; the migration ends.
+    fn layout(&mut self, layout: &Layout) -> Result<()>;
+
+    /// All memory is here. Builds everything that is needed to run, from the last layout and `state`, without running:
+    /// the source may still take the guest back.
+    ///
+    /// # Errors
+    /// Why the guest can't be built; the source resumes.
+    fn ready(&mut self, state: Vec<u8>) -> Result<()>;
+
+    /// Runs the guest: the source has let go of it.
+    ///
+    /// # Errors
+    /// Why it doesn't run. An error is a promise that no vCPU has run and none will: the source resumes on it.
+    fn run(&mut self) -> Result<()>;
+
+    /// The migration ended before the guest ran. Everything may be thrown away.
+    fn abort(&mut self);
+}

@@ -1,0 +1,272 @@
+//! What can go wrong in this crate.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use gleaner_bitmap::{BlockId, Generation, PageRange};
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// An error of this crate. What state the two ends are in after it is told by the report of the end that met it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An address can't be read.
+    #[error(
+        "address \"{text}\" is not usable: {problem}; write tcp:HOST:PORT, unix:PATH, fd:N or file:PATH"
+    )]
+    Address {
+        /// The address as given.
+        text: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The operating system refused something.
+    #[error("can't {what}: {cause}")]
+    Io {
+        /// What was attempted, with the address or path it concerned.
+        what: String,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// Somebody listens on the path.
+    #[error("socket path in use: another process listens on {}; stop it or choose another path", path.display())]
+    SocketInUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file that is no socket is in the way.
+    #[error("{} exists and is not a socket: move it away or choose another path", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The stream ended where more had to come.
+    #[error("the stream ended while {during}: the other end has gone, or the file is truncated")]
+    Closed {
+        /// What was awaited.
+        during: &'static str,
+    },
+    /// The peer neither took nor sent anything.
+    #[error(
+        "the other end was silent for {} s while {during}: check it and the network", after.as_secs()
+    )]
+    Silent {
+        /// What was awaited.
+        during: &'static str,
+        /// For how long.
+        after: Duration,
+    },
+    /// Not a stream of this format.
+    #[error(
+        "not a Gleaner stream: it starts with {found:02x?}; check address and format at both ends"
+    )]
+    Magic {
+        /// The four bytes in place of the magic number.
+        found: [u8; 4],
+    },
+    /// A version this end doesn't speak.
+    #[error(
+        "stream version {found} is not supported, only 1 is: use the same release at both ends"
+    )]
+    Version {
+        /// The version of the peer.
+        found: u16,
+    },
+    /// A frame kind this end doesn't know.
+    #[error("unknown frame kind {found}: use the same release at both ends")]
+    Kind {
+        /// The kind.
+        found: u8,
+    },
+    /// Flags this end doesn't know.
+    #[error("unknown frame flags {found:#04x}: use the same release at both ends")]
+    Flags {
+        /// The flags.
+        found: u8,
+    },
+    /// A frame is missing or came twice.
+    #[error("frame {found} came where frame {expected} was due: the stream is damaged")]
+    Sequence {
+        /// The number that was due.
+        expected: u64,
+        /// The number that came.
+        found: u64,
+    },
+    /// A checksum doesn't fit.
+    #[error("the checksum of a {what} does not fit: the stream is damaged")]
+    Checksum {
+        /// What it covers.
+        what: &'static str,
+    },
+    /// A length over its cap.
+    #[error("{what} of {length} is over the cap of {cap}")]
+    TooLong {
+        /// What is too long, in its unit.
+        what: &'static str,
+        /// Its length.
+        length: u64,
+        /// The most that is taken.
+        cap: u64,
+    },
+    /// A frame whose metadata can't be read or written.
+    #[error("metadata of a {kind} frame is not usable: {detail}")]
+    Metadata {
+        /// Kind of the frame.
+        kind: &'static str,
+        /// What the decoder said.
+        detail: String,
+    },
+    /// A frame that is not due now.
+    #[error("a {kind} frame came while {phase}: the other end breaks the protocol")]
+    OutOfState {
+        /// Kind of the frame.
+        kind: &'static str,
+        /// What this end was doing.
+        phase: &'static str,
+    },
+    /// Pages of a block that the layout doesn't have.
+    #[error("pages of block {block} came, which is not in the layout")]
+    UnknownBlock {
+        /// The block.
+        block: BlockId,
+    },
+    /// Pages past the end of a block, or none at all.
+    #[error("pages {}..{} do not lie inside block {block}, which has {pages} pages", range.first, range.end())]
+    OutsideBlock {
+        /// The block.
+        block: BlockId,
+        /// The pages.
+        range: PageRange,
+        /// Length of the block in pages.
+        pages: u64,
+    },
+    /// Payload and description disagree.
+    #[error("a {kind} frame describes {described} bytes of payload but carries {carried}")]
+    PayloadLength {
+        /// Kind of the frame.
+        kind: &'static str,
+        /// Bytes according to the metadata.
+        described: u64,
+        /// Bytes according to the header.
+        carried: u64,
+    },
+    /// A block is not what it was.
+    #[error(
+        "block {block} (\"{name}\") has {found} pages now and had {expected}: a block never changes"
+    )]
+    BlockChanged {
+        /// The block.
+        block: BlockId,
+        /// Its name now.
+        name: String,
+        /// Its length before, in pages.
+        expected: u64,
+        /// Its length now, in pages.
+        found: u64,
+    },
+    /// A layout that can't be.
+    #[error("the layout is not usable: {0}")]
+    Layout(#[from] gleaner_bitmap::Error),
+    /// Something refers to another layout than the one in force.
+    #[error("{what} belongs to {found}, but {expected} is in force")]
+    Stale {
+        /// What refers to it.
+        what: &'static str,
+        /// The generation in force.
+        expected: Generation,
+        /// The generation referred to.
+        found: Generation,
+    },
+    /// Page sizes differ.
+    #[error(
+        "the source has pages of {found} bytes, this end has 4096: they can't migrate to each other"
+    )]
+    PageSize {
+        /// Page size of the peer in bytes.
+        found: u64,
+    },
+    /// Memory can't be mapped, or not be reached.
+    #[error("memory {what}: {detail}")]
+    Memory {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        detail: String,
+    },
+    /// The source failed.
+    #[error("source: {cause}")]
+    Source {
+        /// Why.
+        cause: Cause,
+    },
+    /// The destination failed.
+    #[error("destination: {cause}")]
+    Destination {
+        /// Why.
+        cause: Cause,
+    },
+    /// The other end refused; its words. It does not run the guest and never will under this migration id.
+    #[error("{reason}")]
+    Refused {
+        /// Its reason.
+        reason: String,
+    },
+    /// The migration was called off at this end.
+    #[error("cancelled")]
+    Cancelled,
+    /// The source called the migration off.
+    #[error("the source ended the migration: {reason}")]
+    CalledOff {
+        /// Its reason.
+        reason: String,
+    },
+    /// The time allowed is over.
+    #[error("not done within the time limit of {} ms", limit.as_millis())]
+    TimedOut {
+        /// The time allowed.
+        limit: Duration,
+    },
+    /// The policy gave up.
+    #[error("{reason}")]
+    GaveUp {
+        /// Its reason.
+        reason: String,
+    },
+    /// The migration id was used before.
+    #[error("migration id {id} was used before: start again with a new one")]
+    IdUsed {
+        /// The id.
+        id: crate::MigrationId,
+    },
+    /// The connection brought a question instead of a migration. It has been answered.
+    #[error("the connection only asked for the outcome of a migration")]
+    OnlyQuery,
+}
+
+impl Error {
+    /// An error of a [`Source`](crate::Source).
+    pub fn source(cause: impl Into<Cause>) -> Self {
+        Self::Source {
+            cause: cause.into(),
+        }
+    }
+
+    /// An error of a [`Destination`](crate::Destination).
+    pub fn destination(cause: impl Into<Cause>) -> Self {
+        Self::Destination {
+            cause: cause.into(),
+        }
+    }
+
+    pub(crate) fn io(what: impl Into<String>, cause: io::Error) -> Self {
+        Self::Io {
+            what: what.into(),
+            cause,
+        }
+    }
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

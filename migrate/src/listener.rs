@@ -1,0 +1,205 @@
+//! Where the destination waits for the source.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::net::sockopt;
+
+use crate::{Address, Error, Result, Stream, raw};
+
+/// Waits for connections.
+#[derive(Debug)]
+pub struct Listener {
+    kind: Kind,
+    /// Kept for its drop.
+    _file: Option<Owned>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+    /// An inherited descriptor that is connected already.
+    Connected(RawFd),
+    File(PathBuf),
+}
+
+/// A socket file of ours, removed on drop unless somebody put another in its place.
+#[derive(Debug)]
+struct Owned {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|m| (m.dev(), m.ino()))
+}
+
+impl Listener {
+    /// Starts to listen. A Unix socket gets mode 0600; a socket file that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// [`Error::SocketInUse`], [`Error::NotASocket`], [`Error::Io`]: nothing was changed.
+    pub fn bind(address: &Address) -> Result<Self> {
+        let fail = |cause| Error::io(format!("listen on {address}"), cause);
+        let mut file = None;
+        let kind = match address {
+            Address::Tcp { host, port } => {
+                Kind::Tcp(TcpListener::bind((host.as_str(), *port)).map_err(fail)?)
+            }
+            Address::Unix(path) => {
+                clear_stale(path)?;
+                let socket = UnixListener::bind(path).map_err(fail)?;
+                let owned = Owned {
+                    identity: identity(path).map_err(fail)?,
+                    path: path.clone(),
+                };
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(fail)?;
+                file = Some(owned);
+                Kind::Unix(socket)
+            }
+            Address::Fd(fd) => inherited(*fd).map_err(fail)?,
+            Address::File(path) => Kind::File(path.clone()),
+        };
+        Ok(Self { kind, _file: file })
+    }
+
+    /// The next connection. For a file and for a connected descriptor: the same one each time.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the listener goes on listening.
+    pub fn accept(&self) -> Result<Stream> {
+        match &self.kind {
+            Kind::Tcp(socket) => socket.accept().and_then(|(tcp, _)| Stream::tcp(tcp)),
+            Kind::Unix(socket) => socket.accept().map(|(unix, _)| Stream::Unix(unix)),
+            Kind::Connected(fd) => Stream::inherited(*fd),
+            Kind::File(path) => File::open(path).map(Stream::File).map_err(|cause| {
+                io::Error::new(cause.kind(), format!("{}: {cause}", path.display()))
+            }),
+        }
+        .map_err(|cause| Error::io("accept a connection", cause))
+    }
+
+    /// The TCP address it listens on, the port chosen by the system in place of port 0. `None` unless it is TCP.
+    #[must_use]
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match &self.kind {
+            Kind::Tcp(socket) => socket.local_addr().ok(),
+            _ => None,
+        }
+    }
+
+    /// Whether more than one connection can come.
+    #[must_use]
+    pub const fn is_socket(&self) -> bool {
+        matches!(self.kind, Kind::Tcp(_) | Kind::Unix(_))
+    }
+}
+
+fn clear_stale(path: &Path) -> Result<()> {
+    let meta = match fs::symlink_metadata(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(cause) => return Err(Error::io(format!("look at {}", path.display()), cause)),
+        Ok(meta) => meta,
+    };
+    if !meta.file_type().is_socket() {
+        return Err(Error::NotASocket {
+            path: path.to_owned(),
+        });
+    }
+    match UnixStream::connect(path) {
+        // Only a refused connection proves that nobody listens.
+        Err(cause) if cause.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
+            .map_err(|cause| {
+                Error::io(format!("remove the stale socket {}", path.display()), cause)
+            }),
+        _ => Err(Error::SocketInUse {
+            path: path.to_owned(),
+        }),
+    }
+}
+
+fn inherited(fd: RawFd) -> io::Result<Kind> {
+    let owned = raw::inherited(fd)?;
+    if sockopt::socket_acceptconn(&owned).unwrap_or(false) {
+        return Ok(match sockopt::socket_domain(&owned)? {
+            rustix::net::AddressFamily::UNIX => Kind::Unix(owned.into()),
+            _ => Kind::Tcp(owned.into()),
+        });
+    }
+    // Says now what is wrong with the descriptor, not when the migration is due.
+    Stream::inherited(owned.as_raw_fd()).map(|_| Kind::Connected(fd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unix(path: &Path) -> Address {
+        Address::Unix(path.to_owned())
+    }
+
+    #[test]
+    fn a_live_listener_is_respected_and_its_file_goes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = Listener::bind(&unix(&path)).unwrap();
+        let message = Listener::bind(&unix(&path)).unwrap_err().to_string();
+        assert!(message.contains("socket path in use"), "{message}");
+        crate::connect(&unix(&path)).unwrap();
+        drop(first);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_but_no_other_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap()); // std leaves the file behind
+        assert!(path.exists());
+        drop(Listener::bind(&unix(&path)).unwrap());
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(
+            Listener::bind(&unix(&path)),
+            Err(Error::NotASocket { .. })
+        ));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_file_that_took_the_place_of_the_socket_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&unix(&path)).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "mine").unwrap();
+        drop(listener);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn an_inherited_listener_accepts() {
+        let ours = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = ours.local_addr().unwrap().port();
+        let listener = Listener::bind(&Address::Fd(ours.as_raw_fd())).unwrap();
+        let _client = crate::connect(&Address::Tcp {
+            host: "127.0.0.1".into(),
+            port,
+        })
+        .unwrap();
+        assert!(matches!(listener.accept().unwrap(), Stream::Tcp(_)));
+    }
+}

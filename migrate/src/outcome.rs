@@ -1,0 +1,220 @@
+//! What became of a migration, and how a source in doubt learns of it.
+//!
+//! A source that has let go of its guest and hears nothing can't know whether the guest runs. The destination remembers,
+//! by migration id; the source asks again on a new connection:
+//!
+//! ```text
+//! source in doubt --Query{id}--> destination
+//!                 <--Outcome---- Running: complete   Refused: resume   Pending, Unknown: still in doubt
+//! ```
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::patience::{LINGER, TICK, silent_after};
+use crate::wire::{Inlet, Message, Outlet, Payload};
+use crate::{Address, Error, Result, Source, Status, Stream, connect};
+
+/// Names one attempt to migrate, at both ends. Never used twice.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct MigrationId(pub [u8; 16]);
+
+impl MigrationId {
+    /// A random one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system has no random numbers.
+    pub fn random() -> Result<Self> {
+        let mut bytes = [0; 16];
+        File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut bytes))
+            .map_err(|cause| Error::io("read /dev/urandom", cause))?;
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl FromStr for MigrationId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = || Error::Address {
+            text: text.escape_default().take(64).collect(),
+            problem: "a migration id is 32 hexadecimal digits",
+        };
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(bad());
+        }
+        u128::from_str_radix(text, 16)
+            .map(|id| Self(id.to_be_bytes()))
+            .map_err(|_| bad())
+    }
+}
+
+/// What a destination knows of a migration.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Running,
+    /// It doesn't, and never will under this id.
+    Refused,
+    /// Not decided: ask again.
+    Pending,
+    /// The destination has never heard of it, or has forgotten. Proves nothing.
+    Unknown,
+}
+
+/// The outcomes that a destination remembers, shared between its connections.
+#[derive(Clone, Debug, Default)]
+pub struct Outcomes(Arc<Mutex<VecDeque<(MigrationId, Outcome)>>>);
+
+impl Outcomes {
+    /// As many are remembered; of more, refused ones are forgotten first, which leaves their source in doubt but harms
+    /// nobody.
+    const KEPT: usize = 1024;
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(MigrationId, Outcome)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of `id`.
+    #[must_use]
+    pub fn get(&self, id: MigrationId) -> Outcome {
+        let known = self.lock();
+        known
+            .iter()
+            .find(|(key, _)| *key == id)
+            .map_or(Outcome::Unknown, |(_, outcome)| *outcome)
+    }
+
+    /// Remembers a migration that begins.
+    ///
+    /// # Errors
+    /// [`Error::IdUsed`]: a second migration under one id would make the answer ambiguous.
+    pub(crate) fn begin(&self, id: MigrationId) -> Result<()> {
+        let mut known = self.lock();
+        if known.iter().any(|(key, _)| *key == id) {
+            return Err(Error::IdUsed { id });
+        }
+        if known.len() >= Self::KEPT {
+            let oldest = known.iter().position(|(_, o)| *o == Outcome::Refused);
+            known.remove(oldest.unwrap_or(0));
+        }
+        known.push_back((id, Outcome::Pending));
+        Ok(())
+    }
+
+    pub(crate) fn set(&self, id: MigrationId, outcome: Outcome) {
+        if let Some(entry) = self.lock().iter_mut().find(|(key, _)| *key == id) {
+            entry.1 = outcome;
+        }
+    }
+}
+
+/// Asks the destination at `address` what became of a migration, waiting at most `timeout` for its answer.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Silent`], [`Error::Closed`] or what is wrong with the answer: nothing is known then.
+pub fn query(address: &Address, id: MigrationId, timeout: Duration) -> Result<Outcome> {
+    ask(connect(address)?, id, timeout)
+}
+
+/// As [`query`], on a connection of its own that is open already.
+///
+/// # Errors
+/// As [`query`].
+pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome> {
+    stream.set_timeouts(Some(TICK), Some(TICK))?;
+    let patience = silent_after("awaiting the outcome", timeout);
+    let mut inlet = Inlet::new(stream.try_clone()?);
+    Outlet::new(stream).send(&Message::Query(id), &Payload::None, &patience)?;
+    match inlet.receive("awaiting the outcome", &patience)?.1 {
+        Message::Outcome(outcome) => Ok(outcome),
+        Message::Refused(reason) => Err(Error::Refused { reason }),
+        other => Err(Error::OutOfState {
+            kind: other.kind().name(),
+            phase: "an outcome was awaited",
+        }),
+    }
+}
+
+/// Answers a connection that asks for an outcome. A migration that begins on it is refused: this end has its guest.
+///
+/// # Errors
+/// What is wrong with the connection or the question; the question was not answered then.
+pub fn serve_query(stream: Stream, outcomes: &Outcomes, timeout: Duration) -> Result<Outcome> {
+    stream.set_timeouts(Some(TICK), Some(TICK))?;
+    let patience = silent_after("awaiting a question", timeout);
+    let mut inlet = Inlet::new(stream.try_clone()?);
+    let mut outlet = Outlet::new(stream);
+    match inlet.receive("awaiting a question", &patience)?.1 {
+        Message::Query(id) => {
+            let outcome = outcomes.get(id);
+            outlet.send(&Message::Outcome(outcome), &Payload::None, &patience)?;
+            Ok(outcome)
+        }
+        other => {
+            let reason = "this destination has its guest already: start another one".to_owned();
+            outlet.send(&Message::Refused(reason), &Payload::None, &patience)?;
+            outlet.stream().linger(timeout.min(LINGER));
+            Err(Error::OutOfState {
+                kind: other.kind().name(),
+                phase: "only questions for outcomes were awaited",
+            })
+        }
+    }
+}
+
+/// Ends a doubt at the source: completes it, resumes it, or leaves it as it is.
+///
+/// # Errors
+/// What the source says; ask and resolve again then.
+pub fn resolve(source: &mut dyn Source, outcome: Outcome) -> Result<Status> {
+    match outcome {
+        Outcome::Running => source.complete().map(|()| Status::Completed),
+        Outcome::Refused => source.resume().map(|()| Status::Failed),
+        Outcome::Pending | Outcome::Unknown => Ok(Status::InDoubt),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_reads_back() {
+        let id = MigrationId::random().unwrap();
+        assert_eq!(id.to_string().parse::<MigrationId>().unwrap(), id);
+        assert!("+1".repeat(16).parse::<MigrationId>().is_err());
+        assert!("ä".repeat(16).parse::<MigrationId>().is_err());
+    }
+
+    #[test]
+    fn an_id_serves_once_and_refusals_are_forgotten_first() {
+        let outcomes = Outcomes::default();
+        let id = |n: usize| MigrationId((n as u128).to_be_bytes());
+        outcomes.begin(id(0)).unwrap();
+        assert!(matches!(outcomes.begin(id(0)), Err(Error::IdUsed { .. })));
+        outcomes.set(id(0), Outcome::Running);
+        for n in 1..=Outcomes::KEPT {
+            outcomes.begin(id(n)).unwrap();
+            outcomes.set(id(n), Outcome::Refused);
+        }
+        assert_eq!(outcomes.get(id(0)), Outcome::Running);
+        assert_eq!(outcomes.get(id(1)), Outcome::Unknown);
+        assert_eq!(outcomes.get(id(2)), Outcome::Refused);
+    }
+}

@@ -1,0 +1,440 @@
+//! A guest to migrate, a place to migrate it to, and a line that breaks when it is told to.
+#![allow(dead_code, missing_docs)] // each test file uses its part of it
+#![allow(clippy::unwrap_used)] // a helper that fails fails its test
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use gleaner_bitmap::{
+    BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE, PageRange, Slot, SlotKey,
+};
+use gleaner_migrate::*;
+
+type Ram = Arc<MappedMemory>;
+
+pub struct Guest {
+    pub blocks: BTreeMap<BlockId, (BlockInfo, Ram)>,
+    pub generation: u64,
+    log: BTreeSet<(BlockId, u64)>,
+    store: BTreeSet<(BlockId, u64)>,
+    leases: BTreeMap<u64, BTreeSet<(BlockId, u64)>>,
+    next_lease: u64,
+    next_block: u64,
+    pub running: bool,
+    pub calls: Vec<&'static str>,
+    pub harvests: u32,
+    /// The call that fails.
+    pub failing: Option<&'static str>,
+    /// Told of each harvest.
+    pub harvested: Option<std::sync::mpsc::Sender<()>>,
+}
+
+/// Shared with whoever writes to the guest.
+#[derive(Clone)]
+pub struct ToySource(pub Arc<Mutex<Guest>>, pub Script);
+
+/// What happens at each harvest, with its number.
+pub type Script = fn(&mut Guest, u32);
+
+impl ToySource {
+    /// A guest with one block, every third page of it with contents.
+    pub fn new(pages: u64) -> Self {
+        Self::scripted(pages, |_, _| ())
+    }
+
+    pub fn scripted(pages: u64, script: Script) -> Self {
+        let mut guest = Guest {
+            blocks: BTreeMap::new(),
+            generation: 1,
+            log: BTreeSet::new(),
+            store: BTreeSet::new(),
+            leases: BTreeMap::new(),
+            next_lease: 0,
+            next_block: 0,
+            running: true,
+            calls: Vec::new(),
+            harvests: 0,
+            failing: None,
+            harvested: None,
+        };
+        let ram = guest.add_block("ram", pages);
+        for page in (0..pages).step_by(3) {
+            guest.write(ram, page, 0x11);
+        }
+        Self(Arc::new(Mutex::new(guest)), script)
+    }
+
+    pub fn guest(&self) -> std::sync::MutexGuard<'_, Guest> {
+        self.0.lock().unwrap()
+    }
+
+    fn call(&self, name: &'static str) -> Result<std::sync::MutexGuard<'_, Guest>> {
+        let mut guest = self.guest();
+        guest.calls.push(name);
+        if guest.failing == Some(name) {
+            return Err(Error::source(format!("{name} does not work")));
+        }
+        Ok(guest)
+    }
+}
+
+impl Guest {
+    pub fn add_block(&mut self, name: &str, pages: u64) -> BlockId {
+        let id = BlockId(self.next_block);
+        self.next_block += 1;
+        self.generation += 1;
+        let info = BlockInfo::new(id, name, pages * PAGE_SIZE).unwrap();
+        let ram = Arc::new(MappedMemory::anonymous(pages).unwrap());
+        self.blocks.insert(id, (info, ram));
+        self.log.extend((0..pages).map(|page| (id, page)));
+        id
+    }
+
+    pub fn remove_block(&mut self, name: &str) {
+        let id = self.id(name);
+        self.generation += 1;
+        self.blocks.remove(&id);
+        self.log.retain(|(block, _)| *block != id);
+        self.store.retain(|(block, _)| *block != id);
+    }
+
+    pub fn id(&self, name: &str) -> BlockId {
+        let found = self.blocks.values().find(|(info, _)| info.name == name);
+        found.unwrap().0.id
+    }
+
+    pub fn write(&mut self, block: BlockId, page: u64, byte: u8) {
+        let memory = &self.blocks[&block].1;
+        let at = memory.slice(PageRange::new(page, 1)).unwrap();
+        at.subslice(usize::from(byte) * 8, 8)
+            .unwrap()
+            .copy_from(&[byte; 8]);
+        self.log.insert((block, page));
+    }
+
+    pub fn zero(&mut self, block: BlockId, page: u64) {
+        let memory = &self.blocks[&block].1;
+        memory
+            .slice(PageRange::new(page, 1))
+            .unwrap()
+            .copy_from(&[0u8; 4096]);
+        self.log.insert((block, page));
+    }
+
+    pub fn no_leases(&self) -> bool {
+        self.leases.is_empty()
+    }
+}
+
+impl Source for ToySource {
+    fn layout(&mut self) -> Result<Layout> {
+        let guest = self.call("layout")?;
+        let mut gpa = 0;
+        let mut slots = Vec::new();
+        for (n, (info, _)) in guest.blocks.values().enumerate() {
+            slots.push(Slot {
+                key: SlotKey::new(n.try_into().unwrap()),
+                gpa,
+                block: info.id,
+                range: info.all(),
+                readonly: false,
+            });
+            gpa += info.pages * PAGE_SIZE;
+        }
+        let blocks = guest
+            .blocks
+            .values()
+            .map(|(info, _)| info.clone())
+            .collect();
+        Ok(Layout::from_parts(
+            Generation(guest.generation),
+            blocks,
+            slots,
+        )?)
+    }
+
+    fn harvest(&mut self) -> Result<Harvested> {
+        let script = self.1;
+        let mut guest = self.call("harvest")?;
+        guest.harvests += 1;
+        let number = guest.harvests;
+        if let Some(to) = &guest.harvested {
+            let _ = to.send(());
+        }
+        if guest.running {
+            script(&mut guest, number);
+        }
+        let log = std::mem::take(&mut guest.log);
+        guest.store.extend(log);
+        Ok(Harvested {
+            generation: Generation(guest.generation),
+            dirty_pages: guest.store.len() as u64,
+        })
+    }
+
+    fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
+        let mut guest = self.call("lease")?;
+        let free: BTreeSet<_> = guest
+            .store
+            .iter()
+            .filter(|page| !guest.leases.values().any(|lease| lease.contains(page)))
+            .take(usize::try_from(max_pages).unwrap())
+            .copied()
+            .collect();
+        if free.is_empty() {
+            return Ok(None);
+        }
+        guest.store.retain(|page| !free.contains(page));
+        let mut extents: Vec<Extent> = Vec::new();
+        for (block, page) in &free {
+            match extents.last_mut() {
+                Some(last) if last.block == *block && last.range.end() == *page => {
+                    last.range.pages += 1;
+                }
+                _ => extents.push(Extent::new(*block, *page, 1)),
+            }
+        }
+        let id = guest.next_lease;
+        guest.next_lease += 1;
+        guest.leases.insert(id, free);
+        let parts = extents
+            .iter()
+            .map(|extent| LeasedPart::new(*extent, guest.blocks[&extent.block].1.clone()))
+            .collect();
+        Ok(Some(PageLease {
+            id: LeaseId(id),
+            generation: Generation(guest.generation),
+            parts,
+        }))
+    }
+
+    fn ack(&mut self, lease: LeaseId) -> Result<()> {
+        let mut guest = self.call("ack")?;
+        assert!(guest.leases.remove(&lease.0).is_some(), "acked twice");
+        Ok(())
+    }
+
+    fn release(&mut self, lease: LeaseId) -> Result<()> {
+        let mut guest = self.call("release")?;
+        let pages = guest.leases.remove(&lease.0).expect("released once");
+        guest.store.extend(pages);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.call("stop")?.running = false;
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>> {
+        let mut guest = self.call("state")?;
+        // Saving state dirties memory.
+        if let Some(block) = guest.blocks.keys().next().copied() {
+            guest.write(block, 1, 0x77);
+        }
+        Ok(b"state of the guest".to_vec())
+    }
+
+    fn relinquish(&mut self) -> Result<()> {
+        self.call("relinquish").map(drop)
+    }
+
+    fn complete(&mut self) -> Result<()> {
+        self.call("complete").map(drop)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.call("resume")?.running = true;
+        Ok(())
+    }
+
+    fn transactions(&mut self) -> Result<u64> {
+        Ok(self.guest().generation)
+    }
+}
+
+#[derive(Default)]
+pub struct Place {
+    pub blocks: BTreeMap<BlockId, (BlockInfo, Ram)>,
+    pub layouts: Vec<Layout>,
+    pub state: Vec<u8>,
+    pub running: bool,
+    pub aborted: bool,
+    /// The call that fails.
+    pub failing: Option<&'static str>,
+}
+
+#[derive(Clone, Default)]
+pub struct ToyDestination(pub Arc<Mutex<Place>>);
+
+impl ToyDestination {
+    pub fn failing(call: &'static str) -> Self {
+        let place = Self::default();
+        place.place().failing = Some(call);
+        place
+    }
+
+    pub fn place(&self) -> std::sync::MutexGuard<'_, Place> {
+        self.0.lock().unwrap()
+    }
+
+    fn call(&self, name: &str) -> Result<std::sync::MutexGuard<'_, Place>> {
+        let place = self.place();
+        if place.failing == Some(name) {
+            return Err(Error::destination(format!("no {name} on a Sunday")));
+        }
+        Ok(place)
+    }
+}
+
+impl Destination for ToyDestination {
+    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory> {
+        let mut place = self.call("add_block")?;
+        let same = place
+            .blocks
+            .values()
+            .any(|(info, _)| info.name == block.name);
+        assert!(!same, "two blocks of one name");
+        let ram = Arc::new(MappedMemory::anonymous(block.pages)?);
+        place.blocks.insert(block.id, (block.clone(), ram.clone()));
+        Ok(ram)
+    }
+
+    fn remove_block(&mut self, block: &BlockInfo) -> Result<()> {
+        self.call("remove_block")?.blocks.remove(&block.id).unwrap();
+        Ok(())
+    }
+
+    fn layout(&mut self, layout: &Layout) -> Result<()> {
+        let mut place = self.call("layout")?;
+        for block in layout.blocks() {
+            assert!(place.blocks.contains_key(&block.id));
+        }
+        place.layouts.push(layout.clone());
+        Ok(())
+    }
+
+    fn ready(&mut self, state: Vec<u8>) -> Result<()> {
+        self.call("ready")?.state = state;
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.call("run")?.running = true;
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        let mut place = self.place();
+        assert!(!place.running && !place.aborted);
+        place.aborted = true;
+    }
+}
+
+pub fn options() -> SenderOptions {
+    let mut options = SenderOptions::new(MigrationId::random().unwrap());
+    options.io_timeout = Duration::from_secs(10);
+    options.name = "toy".into();
+    options
+}
+
+pub fn receiver_options() -> ReceiverOptions {
+    ReceiverOptions {
+        io_timeout: Duration::from_secs(10),
+        ..ReceiverOptions::default()
+    }
+}
+
+/// Migrates over `near` and `far`, which are connected somehow.
+pub fn migrate(
+    source: &ToySource,
+    place: &ToyDestination,
+    options: SenderOptions,
+    receiver: ReceiverOptions,
+    near: Stream,
+    far: Stream,
+) -> (Report, Received) {
+    let (mut source, mut place) = (source.clone(), place.clone());
+    let there = thread::spawn(move || Receiver::new(&mut place, receiver).run(far));
+    let report = Sender::new(&mut source, options).run(near);
+    (report, there.join().unwrap())
+}
+
+pub fn pair() -> (Stream, Stream) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (a.into(), b.into())
+}
+
+/// Both ends have the same blocks with the same bytes.
+pub fn assert_same(source: &ToySource, place: &ToyDestination) {
+    let (guest, place) = (source.guest(), place.place());
+    let infos = |blocks: &BTreeMap<BlockId, (BlockInfo, Ram)>| -> Vec<_> {
+        blocks.values().map(|(info, _)| info.clone()).collect()
+    };
+    assert_eq!(infos(&guest.blocks), infos(&place.blocks));
+    for (id, (info, ram)) in &guest.blocks {
+        for page in 0..info.pages {
+            let page = PageRange::new(page, 1);
+            let (mut here, mut there) = ([0u8; 4096], [0u8; 4096]);
+            ram.slice(page).unwrap().copy_to(&mut here);
+            place.blocks[id].1.slice(page).unwrap().copy_to(&mut there);
+            assert!(here == there, "page {} of {id} differs", page.first);
+        }
+    }
+}
+
+/// What a line does with the bytes of one direction.
+#[derive(Clone, Copy, Default)]
+pub struct Fault {
+    /// Breaks, both ways, after so many bytes.
+    pub cut: Option<u64>,
+    /// Flips this bit of this byte.
+    pub flip: Option<(u64, u8)>,
+}
+
+/// A line between two streams. Its threads say how many bytes went through, source to destination first.
+pub fn line(faults: [Fault; 2]) -> (Stream, Stream, [thread::JoinHandle<u64>; 2]) {
+    let (near, a) = UnixStream::pair().unwrap();
+    let (b, far) = UnixStream::pair().unwrap();
+    let carry = |from: &UnixStream, to: &UnixStream, fault: Fault| {
+        let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+        thread::spawn(move || {
+            let mut gone = 0u64;
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                let most = fault.cut.map_or(buffer.len() as u64, |cut| cut - gone);
+                let most = buffer.len().min(usize::try_from(most).unwrap());
+                if most == 0 {
+                    let _ = from.shutdown(Shutdown::Both);
+                    let _ = to.shutdown(Shutdown::Both);
+                    return gone;
+                }
+                let n = match from.read(&mut buffer[..most]) {
+                    Ok(0) | Err(_) => break,
+                    Ok(n) => n,
+                };
+                if let Some((at, bit)) = fault.flip {
+                    if let Some(byte) = at
+                        .checked_sub(gone)
+                        .and_then(|at| buffer[..n].get_mut(usize::try_from(at).unwrap()))
+                    {
+                        *byte ^= 1 << bit;
+                    }
+                }
+                if to.write_all(&buffer[..n]).is_err() {
+                    break;
+                }
+                gone += n as u64;
+            }
+            let _ = to.shutdown(Shutdown::Write);
+            gone
+        })
+    };
+    let threads = [carry(&a, &b, faults[0]), carry(&b, &a, faults[1])];
+    (near.into(), far.into(), threads)
+}

@@ -1,0 +1,154 @@
+//! Limits, cancellation, the held switchover, and what is reported of a migration.
+
+#![allow(clippy::unwrap_used)] // helpers are not known to be tests
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::*;
+use gleaner_migrate::*;
+
+/// Every page is written again in each round.
+fn busy(guest: &mut Guest, harvest: u32) {
+    let block = guest.id("ram");
+    for page in 0..guest.blocks[&block].0.pages {
+        guest.write(block, page, u8::try_from(harvest % 200).unwrap() + 1);
+    }
+}
+
+#[test]
+fn cancelled_in_the_middle_the_guest_runs_on() {
+    let source = ToySource::scripted(500, busy);
+    let mut options = options();
+    let cancel = options.cancel.clone();
+    let rounds = Arc::new(Mutex::new(0));
+    let seen = rounds.clone();
+    options.hold = Some(Box::new(|| false));
+    options.on_progress = Some(Box::new(move |progress| {
+        *seen.lock().unwrap() += 1;
+        assert_eq!(progress.reason, "the switchover is held back");
+        if progress.round == 3 {
+            cancel.cancel();
+        }
+    }));
+    let (near, far) = pair();
+    let place = ToyDestination::default();
+    let (report, received) = migrate(&source, &place, options, receiver_options(), near, far);
+    assert_eq!(report.status, Status::Cancelled, "{:?}", report.reason);
+    assert_eq!((report.rounds, *rounds.lock().unwrap()), (3, 3));
+    assert!(source.guest().running && source.guest().no_leases());
+    assert_eq!(report.downtime_ms, 0.0);
+    assert_eq!(received.status, Status::Cancelled);
+    assert!(received.reason.unwrap().contains("cancelled"));
+    assert!(place.place().aborted);
+}
+
+#[test]
+fn cancelled_while_the_destination_takes_nothing() {
+    let (near, _far) = pair();
+    let mut options = options();
+    options.cancel.cancel();
+    options.io_timeout = Duration::from_secs(600);
+    let source = ToySource::new(10);
+    let report = Sender::new(&mut source.clone(), options).run(near);
+    assert_eq!(report.status, Status::Cancelled);
+    assert!(source.guest().running);
+}
+
+#[test]
+fn a_receiver_that_is_cancelled_says_so() {
+    let receiver = receiver_options();
+    let cancel = receiver.cancel.clone();
+    let mut options = options();
+    options.hold = Some(Box::new(move || {
+        cancel.cancel();
+        false
+    }));
+    let (near, far) = pair();
+    let source = ToySource::new(10);
+    let place = ToyDestination::default();
+    let (report, received) = migrate(&source, &place, options, receiver, near, far);
+    assert_eq!(received.status, Status::Cancelled);
+    assert_eq!(report.reason.as_deref(), Some("cancelled"));
+    assert_eq!(report.status, Status::Failed);
+}
+
+#[test]
+fn the_time_limit_cancels_or_switches_over() {
+    for (on_timeout, status) in [
+        (OnTimeout::Cancel, Status::Failed),
+        (OnTimeout::Switchover, Status::Completed),
+    ] {
+        let source = ToySource::scripted(500, busy);
+        let mut options = options();
+        options.downtime_limit = Duration::ZERO;
+        options.timeout = Some(Duration::from_millis(200));
+        options.on_timeout = on_timeout;
+        let (near, far) = pair();
+        let place = ToyDestination::default();
+        let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
+        assert_eq!(report.status, status, "{:?}", report.reason);
+        assert!(report.total_ms >= 200.0);
+        assert_eq!(source.guest().running, status == Status::Failed);
+        if status == Status::Completed {
+            assert_same(&source, &place);
+        } else {
+            assert!(report.reason.unwrap().contains("time limit"));
+        }
+    }
+}
+
+#[test]
+fn the_bandwidth_limit_is_kept() {
+    let source = ToySource::new(300); // 100 pages with contents: 400 KiB
+    let mut options = options();
+    options.bandwidth_limit = Some(1 << 20);
+    let (near, far) = pair();
+    let place = ToyDestination::default();
+    let start = Instant::now();
+    let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
+    assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
+    assert!(start.elapsed() >= Duration::from_millis(330), "{report:?}");
+    assert_same(&source, &place);
+}
+
+#[test]
+fn the_report_has_the_keys_that_scripts_read() {
+    let (near, far) = pair();
+    let source = ToySource::new(30);
+    let place = ToyDestination::default();
+    let (report, received) = migrate(&source, &place, options(), receiver_options(), near, far);
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(json["status"], "completed");
+    // Ten pages have contents, and page 1 after the state was saved; all pages but those are zero.
+    assert_eq!(
+        (&json["pages_sent"], &json["zero_pages"]),
+        (&11.into(), &20.into())
+    );
+    assert_eq!(json["transactions"], 2);
+    for key in [
+        "reason",
+        "rounds",
+        "bytes_on_wire",
+        "total_ms",
+        "downtime_ms",
+        "first_round_bytes_per_second",
+        "migration_id",
+    ] {
+        assert!(json.get(key).is_some(), "{key}");
+    }
+    assert_eq!(json["progress"].as_array().unwrap().len(), 2);
+    assert_eq!(json["progress"][0]["decision"], "switch-over");
+    let json = serde_json::to_value(&received).unwrap();
+    assert_eq!(
+        (&json["status"], &json["blocks"]),
+        (&"completed".into(), &1.into())
+    );
+    assert_eq!(
+        (&json["pages"], &json["zero_pages"]),
+        (&11.into(), &20.into())
+    );
+    assert_eq!(serde_json::to_value(Status::InDoubt).unwrap(), "in-doubt");
+}

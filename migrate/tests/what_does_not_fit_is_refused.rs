@@ -1,0 +1,355 @@
+//! Whatever a peer sends: a typed refusal, never a panic, never memory beyond the caps.
+
+#![allow(clippy::unwrap_used)] // helpers are not known to be tests
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use common::*;
+use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation};
+use gleaner_migrate::wire::*;
+use gleaner_migrate::*;
+use proptest::prelude::*;
+
+/// A frame as a peer would send it.
+fn frame(sequence: u64, message: &Message, payload: &[u8]) -> Vec<u8> {
+    let metadata = message.encode().unwrap();
+    let length = payload.len() as u64;
+    let header = Header::encode(message.kind(), sequence, &metadata, length).unwrap();
+    [&header[..], &metadata, payload].concat()
+}
+
+fn hello() -> Message {
+    Message::Hello(Hello {
+        version: VERSION,
+        id: MigrationId([7; 16]),
+        name: "peer".into(),
+        page_size: 4096,
+    })
+}
+
+fn layout(generation: u64, pages: u64) -> Message {
+    Message::Layout(LayoutBody {
+        generation: Generation(generation),
+        blocks: vec![BlockInfo {
+            id: BlockId(3),
+            name: "ram".into(),
+            pages,
+        }],
+        slots: vec![],
+    })
+}
+
+fn extents(list: &[(u64, u64, u64)]) -> Extents {
+    let extents = list
+        .iter()
+        .map(|(b, first, pages)| Extent::new(BlockId(*b), *first, *pages));
+    Extents {
+        generation: Generation(1),
+        extents: extents.collect(),
+    }
+}
+
+/// Feeds bytes to a receiver, then ends the stream.
+fn feed(bytes: &[u8]) -> (Received, ToyDestination) {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let place = ToyDestination::default();
+    let mut there = place.clone();
+    let receiving =
+        thread::spawn(move || Receiver::new(&mut there, receiver_options()).run(far.into()));
+    let _ = near.write_all(bytes);
+    near.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answers = Vec::new();
+    let _ = near.read_to_end(&mut answers);
+    (receiving.join().unwrap(), place)
+}
+
+fn refused(frames: &[(Message, &[u8])]) -> Error {
+    let bytes: Vec<u8> = frames
+        .iter()
+        .enumerate()
+        .flat_map(|(n, (message, payload))| frame(n as u64, message, payload))
+        .collect();
+    let (received, place) = feed(&bytes);
+    assert_eq!(received.status, Status::Failed);
+    assert!(place.place().aborted && !place.place().running);
+    received.error.unwrap()
+}
+
+#[test]
+fn frames_that_make_no_sense() {
+    let page = &[1u8; 4096][..];
+    let start = || vec![(hello(), &[][..]), (layout(1, 10), &[][..])];
+    let after = |message, payload| {
+        let mut frames = start();
+        frames.push((message, payload));
+        refused(&frames)
+    };
+    let pages = |list: &[_]| Message::Pages(extents(list));
+    assert!(matches!(
+        after(pages(&[(4, 0, 1)]), page),
+        Error::UnknownBlock { block: BlockId(4) }
+    ));
+    for bad in [
+        (3, 10, 1),
+        (3, 9, 2),
+        (3, u64::MAX, 2),
+        (3, 0, u64::MAX),
+        (3, 0, 0),
+    ] {
+        assert!(
+            matches!(after(pages(&[bad]), page), Error::OutsideBlock { .. }),
+            "{bad:?}"
+        );
+        let zeros = Message::Zeros(extents(&[bad]));
+        assert!(
+            matches!(after(zeros, &[]), Error::OutsideBlock { .. }),
+            "{bad:?}"
+        );
+    }
+    assert!(matches!(
+        after(pages(&[(3, 0, 2)]), page),
+        Error::PayloadLength { .. }
+    ));
+    assert!(matches!(
+        after(pages(&[]), page),
+        Error::PayloadLength { .. }
+    ));
+    let late = Message::Pages(Extents {
+        generation: Generation(2),
+        ..extents(&[(3, 0, 1)])
+    });
+    assert!(matches!(after(late, page), Error::Stale { .. }));
+    assert!(matches!(
+        after(layout(2, 11), &[]),
+        Error::BlockChanged { .. }
+    ));
+    assert!(matches!(after(layout(1, 10), &[]), Error::Stale { .. }));
+    for early in [
+        Message::Go,
+        hello(),
+        Message::Ready,
+        Message::Query(MigrationId([0; 16])),
+    ] {
+        assert!(matches!(after(early, &[]), Error::OutOfState { .. }));
+    }
+    assert!(matches!(
+        refused(&[(Message::Sync, &[])]),
+        Error::OutOfState { .. }
+    ));
+    assert!(matches!(
+        refused(&[(hello(), &[]), (Message::Go, &[])]),
+        Error::OutOfState { .. }
+    ));
+    let damaged = Message::State(StateBody {
+        generation: Generation(1),
+        crc: 1,
+    });
+    assert!(matches!(
+        after(damaged, b"state"),
+        Error::Checksum { what: "state" }
+    ));
+    let pages = u64::MAX / 4096;
+    assert!(matches!(
+        refused(&[(hello(), &[]), (layout(1, pages), &[])]),
+        Error::TooLong { .. }
+    ));
+    assert!(matches!(
+        refused(&[(hello(), &[]), (layout(1, 0), &[])]),
+        Error::TooLong { .. }
+    ));
+}
+
+#[test]
+fn another_version_or_page_size() {
+    let Message::Hello(good) = hello() else {
+        unreachable!()
+    };
+    let version = Message::Hello(Hello {
+        version: 2,
+        ..good.clone()
+    });
+    assert!(matches!(
+        refused(&[(version, &[])]),
+        Error::Version { found: 2 }
+    ));
+    let pages = Message::Hello(Hello {
+        page_size: 65536,
+        ..good
+    });
+    assert!(matches!(
+        refused(&[(pages, &[])]),
+        Error::PageSize { found: 65536 }
+    ));
+}
+
+#[test]
+fn frames_out_of_order() {
+    let bytes = [frame(0, &hello(), &[]), frame(2, &layout(1, 10), &[])].concat();
+    assert!(matches!(
+        feed(&bytes).0.error,
+        Some(Error::Sequence {
+            expected: 1,
+            found: 2
+        })
+    ));
+}
+
+#[test]
+fn a_flipped_bit_in_any_header_or_metadata() {
+    let frames = [
+        frame(0, &hello(), &[]),
+        frame(1, &layout(1, 10), &[]),
+        frame(2, &Message::Zeros(extents(&[(3, 1, 2)])), &[]),
+        frame(3, &Message::Sync, &[]),
+    ]
+    .concat();
+    for at in 0..frames.len() {
+        let mut bytes = frames.clone();
+        bytes[at] ^= 1 << (at % 8);
+        let error = feed(&bytes).0.error.unwrap();
+        assert!(
+            !matches!(
+                error,
+                Error::Closed {
+                    during: "receiving memory"
+                }
+            ),
+            "byte {at}"
+        );
+    }
+}
+
+/// The same in answers: the source never takes a damaged one for what it isn't.
+#[test]
+fn a_flipped_bit_in_any_answer() {
+    for at in 0..200 {
+        let flip = Fault {
+            flip: Some((at, u8::try_from(at % 8).unwrap())),
+            cut: None,
+        };
+        let (near, far, threads) = line([Fault::default(), flip]);
+        let (source, place) = (ToySource::new(12), ToyDestination::default());
+        let mut options = options();
+        // A length that became greater is found out by nothing coming.
+        options.io_timeout = Duration::from_secs(1);
+        let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
+        let total = threads.map(|thread| thread.join().unwrap())[1];
+        assert!(!(source.guest().running && place.place().running));
+        assert_eq!(
+            report.status == Status::Completed,
+            at >= total,
+            "byte {at} of {total}"
+        );
+    }
+}
+
+#[test]
+fn a_truncated_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    let address = Address::File(path.clone());
+    let report = Sender::new(&mut ToySource::new(12), options()).run(connect(&address).unwrap());
+    assert_eq!(report.status, Status::Completed);
+    let whole = std::fs::read(&path).unwrap();
+    for length in (0..whole.len())
+        .step_by(501)
+        .chain(whole.len() - 60..whole.len())
+    {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let place = ToyDestination::default();
+        let received = Receiver::new(&mut place.clone(), receiver_options())
+            .listen(&Listener::bind(&address).unwrap())
+            .unwrap();
+        assert!(
+            matches!(received.error, Some(Error::Closed { .. })),
+            "{length}"
+        );
+        assert!(place.place().aborted && !place.place().running);
+    }
+}
+
+#[test]
+fn a_silent_source() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let options = ReceiverOptions {
+        io_timeout: Duration::from_millis(60),
+        ..receiver_options()
+    };
+    let place = ToyDestination::default();
+    let received = Receiver::new(&mut place.clone(), options).run(far.into());
+    assert!(matches!(received.error, Some(Error::Silent { .. })));
+    drop(near);
+}
+
+#[test]
+fn a_silent_destination() {
+    let (near, _far) = pair();
+    let source = ToySource::new(12);
+    let mut options = options();
+    options.io_timeout = Duration::from_millis(60);
+    let report = Sender::new(&mut source.clone(), options).run(near);
+    assert!(matches!(report.error, Some(Error::Silent { .. })));
+    assert!(source.guest().running);
+}
+
+#[test]
+fn a_destination_that_answers_with_something_else() {
+    for (answer, sequence) in [
+        (Message::Ready, 0),
+        (Message::Running, 0),
+        (Message::Welcome(9), 0),
+        (Message::Welcome(VERSION), 4),
+    ] {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(&frame(sequence, &answer, &[])).unwrap();
+        let source = ToySource::new(12);
+        let report = Sender::new(&mut source.clone(), options()).run(near.into());
+        assert_eq!(report.status, Status::Failed, "{answer:?}");
+        assert!(source.guest().running);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn random_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..4000)) {
+        let (received, place) = feed(&bytes);
+        prop_assert_eq!(received.status, Status::Failed);
+        prop_assert!(!place.place().running);
+    }
+
+    /// Random bytes where a frame of a given kind says that they are its metadata and payload.
+    #[test]
+    fn random_frames(
+        kinds in proptest::collection::vec(
+            (0..Kind::ALL.len(), proptest::collection::vec(any::<u8>(), 0..40), 0u64..9000), 1..6),
+        greeted in any::<bool>(),
+    ) {
+        let mut bytes = Vec::new();
+        let mut sequence = 0;
+        if greeted {
+            for message in [hello(), layout(1, 10)] {
+                bytes.extend(frame(sequence, &message, &[]));
+                sequence += 1;
+            }
+        }
+        for (kind, metadata, payload) in kinds {
+            let Ok(header) = Header::encode(Kind::ALL[kind], sequence, &metadata, payload) else {
+                continue;
+            };
+            bytes.extend(header);
+            bytes.extend(metadata);
+            bytes.resize(bytes.len() + usize::try_from(payload).unwrap(), 0xa5);
+            sequence += 1;
+        }
+        let (received, place) = feed(&bytes);
+        prop_assert!(received.status != Status::Completed);
+        prop_assert!(!place.place().running);
+    }
+}
