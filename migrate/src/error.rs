@@ -201,6 +201,16 @@ pub enum Error {
         /// Why.
         cause: Cause,
     },
+    /// The source has dirty pages that it doesn't lease, though the guest is stopped.
+    #[error(
+        "the source leased {leased} pages of {dirty} that are dirty: the rest is not safe to read, so no switchover"
+    )]
+    HeldBack {
+        /// Pages leased since the last harvest.
+        leased: u64,
+        /// Pages dirty at the last harvest.
+        dirty: u64,
+    },
     /// The destination failed.
     #[error("destination: {cause}")]
     Destination {

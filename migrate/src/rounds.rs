@@ -71,8 +71,10 @@ impl Session<'_> {
     }
 
     /// Leases and sends up to `limit` pages, or all there are, and waits until every one has been applied.
-    pub(crate) fn send_pages(&mut self, limit: Option<u64>) -> Result<()> {
-        let mut left = limit.unwrap_or(u64::MAX);
+    /// Returns the number of pages leased.
+    pub(crate) fn send_pages(&mut self, limit: Option<u64>) -> Result<u64> {
+        let most = limit.unwrap_or(u64::MAX);
+        let mut left = most;
         while left > 0 {
             match self.source.lease(left.min(LEASE_PAGES))? {
                 Some(lease) => {
@@ -88,9 +90,10 @@ impl Session<'_> {
         // Also tells a destination that has nothing to do that this end is alive.
         if self.in_flight.is_empty() {
             let sync = self.link.send(&Message::Sync, &Payload::None)?;
-            return self.await_applied(sync);
+            self.await_applied(sync)?;
         }
-        self.acknowledge(0)
+        self.acknowledge(0)?;
+        Ok(most - left)
     }
 
     fn send_lease(&mut self, lease: &PageLease) -> Result<()> {

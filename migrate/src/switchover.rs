@@ -17,8 +17,12 @@ impl Session<'_> {
         self.source.stop()?;
         // Saving state dirties memory, so the last harvest comes after it.
         let state = self.source.state()?;
-        self.history.remaining_pages = self.harvest()?.dirty_pages;
-        self.send_pages(None)?;
+        let dirty = self.harvest()?.dirty_pages;
+        self.history.remaining_pages = dirty;
+        let leased = self.send_pages(None)?;
+        if leased < dirty {
+            return Err(Error::HeldBack { leased, dirty });
+        }
         let generation = self
             .sent_layout
             .as_deref()

@@ -199,6 +199,25 @@ fn a_source_that_fails_runs_on() {
     }
 }
 
+/// A page that was not re-armed is not leased. It must not be left behind by a switchover.
+#[test]
+fn pages_that_are_held_back_hold_back_the_switchover() {
+    let (source, place) = (small(), ToyDestination::default());
+    source.guest().held_back = true;
+    let (near, far) = pair();
+    let receiver = receiver_options();
+    let outcomes = receiver.outcomes.clone();
+    let (report, _) = migrate(&source, &place, options(), receiver, near, far);
+    assert_eq!(check(&source, &place, &report, &outcomes), Status::Failed);
+    assert!(matches!(
+        report.error,
+        Some(Error::HeldBack {
+            leased: 0,
+            dirty: 1
+        })
+    ));
+}
+
 #[test]
 fn a_source_that_cannot_resume_is_not_said_to_run() {
     let source = small();

@@ -30,6 +30,8 @@ pub struct Guest {
     pub harvests: u32,
     /// The call that fails.
     pub failing: Option<&'static str>,
+    /// Nothing is leased while the guest is stopped.
+    pub held_back: bool,
     /// Told of each harvest.
     pub harvested: Option<std::sync::mpsc::Sender<()>>,
 }
@@ -60,6 +62,7 @@ impl ToySource {
             calls: Vec::new(),
             harvests: 0,
             failing: None,
+            held_back: false,
             harvested: None,
         };
         let ram = guest.add_block("ram", pages);
@@ -186,7 +189,7 @@ impl Source for ToySource {
             .take(usize::try_from(max_pages).unwrap())
             .copied()
             .collect();
-        if free.is_empty() {
+        if free.is_empty() || (guest.held_back && !guest.running) {
             return Ok(None);
         }
         guest.store.retain(|page| !free.contains(page));
@@ -418,13 +421,12 @@ pub fn line(faults: [Fault; 2]) -> (Stream, Stream, [thread::JoinHandle<u64>; 2]
                     Ok(0) | Err(_) => break,
                     Ok(n) => n,
                 };
-                if let Some((at, bit)) = fault.flip {
-                    if let Some(byte) = at
-                        .checked_sub(gone)
-                        .and_then(|at| buffer[..n].get_mut(usize::try_from(at).unwrap()))
-                    {
-                        *byte ^= 1 << bit;
-                    }
+                let hit = fault.flip.and_then(|(at, bit)| {
+                    let at = usize::try_from(at.checked_sub(gone)?).ok()?;
+                    Some((buffer[..n].get_mut(at)?, bit))
+                });
+                if let Some((byte, bit)) = hit {
+                    *byte ^= 1 << bit;
                 }
                 if to.write_all(&buffer[..n]).is_err() {
                     break;
