@@ -218,6 +218,11 @@ impl LayoutEditor {
             .ok_or(Error::UnknownSlot { slot: key })
     }
 
+    /// Removes all slots.
+    pub fn clear_slots(&mut self) {
+        self.next.slots.clear();
+    }
+
     /// Replaces a slot by a changed one of the same key, or leaves everything as it was.
     fn replace(&mut self, old: Slot, new: Slot) -> Result<()> {
         self.delete(old.key)?;

@@ -90,6 +90,12 @@ pub enum Error {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// A call was taken back because somebody else refused the change.
+    #[error("{reason}")]
+    Refused {
+        /// Who and why.
+        reason: String,
+    },
     /// The signal mask could not be changed.
     #[error("signals could not be blocked: {source}")]
     SignalMask {

@@ -54,6 +54,8 @@ pub struct RingSource {
     rings: Vec<Ring>,
     unreset: u64,
     short: bool,
+    /// Something was dirtied that no entry names: only "everything is dirty" is true.
+    lost: bool,
     /// Fullest ring of the last harvest, in thousandths.
     fill: u32,
 }
@@ -67,6 +69,7 @@ impl RingSource {
             rings: Vec::new(),
             unreset: 0,
             short: false,
+            lost: false,
             fill: 0,
         }
     }
@@ -87,6 +90,11 @@ impl RingSource {
     #[must_use]
     pub const fn fill(&self) -> u32 {
         self.fill
+    }
+
+    /// Pages may be without a log: the next harvest reports everything as dirty, and healing is due.
+    pub const fn lose(&mut self) {
+        self.lost = true;
     }
 
     /// The log was switched off and on for every slot, with every vCPU out of `KVM_RUN` and the rings drained: all
@@ -163,14 +171,13 @@ impl DirtySource for RingSource {
         into: &mut Collected,
     ) -> gleaner_bitmap::Result<()> {
         self.fill = 0;
-        let mut lost = false;
         for ring in &mut self.rings {
             let before = self.unreset;
-            lost |= !drain(ring, layout, into, &mut self.unreset)?;
+            self.lost |= !drain(ring, layout, into, &mut self.unreset)?;
             let fill = (self.unreset - before) * 1000 / u64::from(ring.ring.entries());
             self.fill = self.fill.max(u32::try_from(fill).unwrap_or(1000));
         }
-        if lost {
+        if self.lost {
             for block in layout.blocks() {
                 into.mark_range(block.id, block.all())?;
             }
@@ -179,6 +186,7 @@ impl DirtySource for RingSource {
                 ring.full_but_empty = 0;
             }
             self.short = true;
+            self.lost = false;
         }
         Ok(())
     }

@@ -1,0 +1,233 @@
+//! The gate: what vCPU threads pass to enter `KVM_RUN`.
+//!
+//! Each vCPU thread holds a [`Seat`]. To enter `KVM_RUN` it says so in its own cache line and then looks at the gate's
+//! word; whoever closes the gate sets the word and then looks at each seat. Both are sequentially consistent, so at least
+//! one of them sees the other:
+//!
+//! ```text
+//! vCPU thread                         who closes
+//! seat.state = IN                     word |= CLOSED
+//! word has CLOSED? -> back out        seat.state == IN? -> kick, wait for OUT
+//! KVM_RUN                             every seat OUT: nobody is inside, nobody gets in
+//! seat.state = OUT
+//! word has CLOSED? -> wake the closer
+//! ```
+//!
+//! A kick is `immediate_exit = 1` and then a signal. The signal alone is lost when it arrives just before `KVM_RUN`;
+//! `immediate_exit` alone does not interrupt. Together they do: whichever comes too early, the other works.
+//! The seat clears `immediate_exit` while it is out, before it looks at the word again: a stale one costs one turn, and a
+//! kick that is cleared by mistake has set the word before, which the seat then sees.
+//!
+//! *Closing* is for slot transactions: all out of `KVM_RUN`, wherever else they are. *Stopping* is for the switchover:
+//! all threads parked in [`Parked::serve`], with pending I/O completed.
+
+mod parked;
+mod run_page;
+mod seat;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+pub use parked::{Parked, StoppedVcpus};
+use run_page::RunPage;
+pub use seat::{RingFull, Seat, Turn};
+
+use crate::{Error, Result};
+
+/// A slot transaction is under way.
+const CLOSED: u32 = 1;
+/// The guest is to be stopped, or is.
+const STOP: u32 = 2;
+/// vCPU threads are to end.
+const SHUTDOWN: u32 = 4;
+
+/// How long to wait for a vCPU to leave `KVM_RUN` before calling it an error: far longer than any kernel needs.
+const KICK_LIMIT: Duration = Duration::from_secs(10);
+
+const OUT: u32 = 0;
+const IN: u32 = 1;
+
+/// What a seat shares with the gate. On cache lines of its own: entering and leaving writes no line that another vCPU reads.
+#[repr(align(128))]
+#[derive(Debug)]
+struct SeatState {
+    state: AtomicU32,
+    vcpu: u64,
+    thread: run_page::Thread,
+    run: RunPage,
+}
+
+/// State under the gate's lock; changed only by who closes, stops or parks.
+#[derive(Debug, Default)]
+struct Inner {
+    seats: Vec<Arc<SeatState>>,
+    /// Ids of the vCPUs whose threads are parked.
+    parked: Vec<u64>,
+    /// Whose state is wanted, and what they answered.
+    saving: Vec<u64>,
+    saved: Vec<(u64, std::result::Result<Vec<u8>, String>)>,
+}
+
+/// The gate of one VM.
+#[derive(Debug, Default)]
+pub struct Gate {
+    word: AtomicU32,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    signal: i32,
+}
+
+/// All vCPUs are out of `KVM_RUN`, and stay out until this is dropped.
+#[derive(Debug)]
+pub struct Closed<'a> {
+    gate: &'a Gate,
+}
+
+impl Gate {
+    /// A gate that kicks with `signal`, whose handler it installs.
+    pub(crate) fn new(signal: i32) -> Result<Self> {
+        run_page::install_handler(signal)?;
+        Ok(Self {
+            signal,
+            ..Self::default()
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+        self.changed
+            .wait(inner)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes every vCPU that is inside leave `KVM_RUN`.
+    fn kick_all(&self, inner: &Inner) {
+        for seat in &inner.seats {
+            seat.run.set_immediate_exit(true);
+            if seat.state.load(Ordering::SeqCst) == IN {
+                seat.thread.kick(self.signal);
+            }
+        }
+    }
+
+    /// Waits until `done`, or says which vCPU keeps it waiting.
+    fn wait_until<'a>(
+        &self,
+        mut inner: MutexGuard<'a, Inner>,
+        late: impl Fn(&Inner) -> Option<u64>,
+    ) -> Result<MutexGuard<'a, Inner>> {
+        let deadline = Instant::now() + KICK_LIMIT;
+        loop {
+            let Some(vcpu) = late(&inner) else {
+                return Ok(inner);
+            };
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return Err(Error::KickTimeout { vcpu });
+            };
+            inner = self
+                .changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Closes the gate: on return every vCPU is out of `KVM_RUN`. One at a time; the tracker's lock sees to it.
+    ///
+    /// # Errors
+    /// [`Error::KickTimeout`]; the gate is open again.
+    pub(crate) fn close(&self) -> Result<Closed<'_>> {
+        let inner = self.lock();
+        self.word.fetch_or(CLOSED, Ordering::SeqCst);
+        let closed = Closed { gate: self };
+        self.kick_all(&inner);
+        let inside = |inner: &Inner| {
+            let seat = inner
+                .seats
+                .iter()
+                .find(|s| s.state.load(Ordering::SeqCst) == IN);
+            seat.map(|s| s.vcpu)
+        };
+        drop(self.wait_until(inner, inside)?);
+        Ok(closed)
+    }
+
+    fn open(&self) {
+        let inner = self.lock();
+        // Still closed, so all are out: no KVM_RUN is interrupted for a transaction that is over.
+        for seat in &inner.seats {
+            seat.run.set_immediate_exit(false);
+        }
+        self.word.fetch_and(!CLOSED, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Ends all vCPU threads: every [`Seat::run`] returns [`Turn::Shutdown`] from now on.
+    pub fn shutdown(&self) {
+        let inner = self.lock();
+        self.word.fetch_or(SHUTDOWN, Ordering::SeqCst);
+        self.kick_all(&inner);
+        self.changed.notify_all();
+    }
+
+    /// Stops the guest: on return every vCPU thread is parked. They leave exit handlers first; a handler must therefore
+    /// not wait for the one who calls this.
+    ///
+    /// # Errors
+    /// [`Error::KickTimeout`]; the guest runs on. [`Error::AlreadyStopped`]; it stays stopped.
+    pub(crate) fn stop(self: &Arc<Self>) -> Result<StoppedVcpus> {
+        let inner = self.lock();
+        if self.word.fetch_or(STOP, Ordering::SeqCst) & STOP != 0 {
+            return Err(Error::AlreadyStopped);
+        }
+        let stopped = StoppedVcpus::new(Arc::clone(self));
+        self.kick_all(&inner);
+        self.changed.notify_all();
+        let running = |inner: &Inner| {
+            let seat = inner.seats.iter().find(|s| !inner.parked.contains(&s.vcpu));
+            seat.map(|s| s.vcpu)
+        };
+        drop(self.wait_until(inner, running)?);
+        Ok(stopped)
+    }
+
+    /// Whether vCPU threads have been asked to stop, park or end: a cue for exit handlers that wait for something.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.word.load(Ordering::SeqCst) & (STOP | SHUTDOWN) != 0
+    }
+
+    /// Sleeps in a vCPU thread, outside `KVM_RUN`, for `time` or until the guest is stopped or shut down. Pacing and
+    /// throttling wait here, so that they never delay a stop.
+    pub fn pause(&self, time: Duration) {
+        let deadline = Instant::now() + time;
+        let mut inner = self.lock();
+        while !self.is_stopping() {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return;
+            };
+            inner = self
+                .changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+impl Closed<'_> {
+    /// Leaves the gate closed for good: a guest whose memory is not what it should be must not run.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.gate.open();
+    }
+}

@@ -1,0 +1,293 @@
+//! The tracker: one VM's dirty pages through any change of its memory slots.
+//!
+//! One VM-wide lock covers whole transactions, and whole harvests from collecting to publishing: a bit that has left its
+//! source and is not in the store yet can't meet another layout.
+
+mod builder;
+mod consumer;
+mod harvest;
+mod logging;
+mod plan;
+mod reaper;
+mod report;
+mod transaction;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gleaner_bitmap::{
+    BlockId, DirtyStore, HarvestReport, Harvester, Layout, PageBitmap, PageRange, SlotKey, Start,
+};
+use gleaner_ring::{BitmapSource, Capabilities, DirtyRing, Kvm, Mode, RingSource};
+use kvm_ioctls::VcpuFd;
+
+pub use builder::TrackerBuilder;
+pub use consumer::{Consumer, Leased};
+pub use report::{Blackout, TransactionReport};
+pub use transaction::Transaction;
+
+use crate::gate::{Gate, Seat, StoppedVcpus};
+use crate::writers::{QuietWriters, Writers};
+use crate::{Block, Error, ExternalLog, Result};
+use reaper::{Reaper, RingRequest};
+
+/// KVM's own log, in the mode that was settled.
+enum KvmLog {
+    Bitmap(BitmapSource),
+    Ring(RingSource),
+}
+
+/// What the VM-wide lock protects.
+struct State {
+    layout: Arc<Layout>,
+    blocks: BTreeMap<BlockId, Block>,
+    log: KvmLog,
+    harvester: Harvester,
+    external: Vec<Box<dyn ExternalLog>>,
+    /// Devices that write guest memory and report nothing.
+    unlogged: Vec<String>,
+    /// Slots carry the log flag, because a consumer exists.
+    logging: bool,
+    /// A rollback failed: tracker and KVM no longer agree.
+    broken: bool,
+}
+
+struct Shared {
+    kvm: Arc<dyn Kvm>,
+    mode: Mode,
+    capabilities: Capabilities,
+    gate: Arc<Gate>,
+    writers: Writers,
+    store: Arc<DirtyStore>,
+    pool: Option<Arc<rayon::ThreadPool>>,
+    reaper: Arc<Reaper>,
+    transactions: AtomicU64,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.reaper.shutdown();
+        self.gate.shutdown();
+    }
+}
+
+/// Follows every page a guest dirties. A handle: clones share the one tracker of the VM.
+#[derive(Clone)]
+pub struct Tracker(Arc<Shared>);
+
+impl std::fmt::Debug for Tracker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tracker")
+            .field("mode", &self.0.mode)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Tracker {
+    /// How dirty pages are tracked.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.0.mode
+    }
+
+    /// The layout in force.
+    #[must_use]
+    pub fn layout(&self) -> Arc<Layout> {
+        Arc::clone(&self.0.lock().layout)
+    }
+
+    /// A block of the layout in force.
+    #[must_use]
+    pub fn block(&self, id: BlockId) -> Option<Block> {
+        self.0.lock().blocks.get(&id).cloned()
+    }
+
+    /// Transactions committed so far.
+    pub fn transactions(&self) -> u64 {
+        self.0.transactions.load(Ordering::Relaxed)
+    }
+
+    /// The gate that vCPU threads pass.
+    #[must_use]
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.0.gate
+    }
+
+    /// The VMM's own writers of guest memory.
+    #[must_use]
+    pub fn writers(&self) -> &Writers {
+        &self.0.writers
+    }
+
+    /// A seat for the calling thread, before its vCPU runs for the first time. In ring mode the vCPU's ring is mapped, so
+    /// no reaper ever meets a vCPU whose ring it can't read.
+    ///
+    /// # Errors
+    /// [`Error::SeatTaken`], [`Error::RunPage`], [`Error::Kvm`] when the ring can't be mapped.
+    pub fn register(&self, vcpu: &VcpuFd, id: u64) -> Result<Seat> {
+        let ring: Option<Box<dyn crate::gate::RingFull>> = match self.0.mode {
+            Mode::Ring { bytes } => {
+                let ring = DirtyRing::map(vcpu, id, bytes)?;
+                let mut state = self.0.lock();
+                let KvmLog::Ring(source) = &mut state.log else {
+                    unreachable!("ring mode has a ring source: both are set once, by the builder");
+                };
+                let handle = source.add(ring);
+                Some(Box::new(RingRequest::new(
+                    Arc::clone(&self.0.reaper),
+                    handle,
+                )))
+            }
+            Mode::Bitmap | Mode::BitmapClear => None,
+        };
+        Seat::new(&self.0.gate, vcpu, id, ring)
+    }
+
+    /// Collects from every dirty source, re-arms, publishes. Whatever was dirtied before this call is in the store when it
+    /// returns.
+    ///
+    /// # Errors
+    /// [`Error::Bitmap`], [`Error::Kvm`]: what was collected is held back, and published by the next harvest that succeeds.
+    pub fn harvest(&self) -> Result<HarvestReport> {
+        self.0.harvest_all(&mut self.0.lock())
+    }
+
+    /// A new consumer of the dirty store. The first one switches logging on.
+    ///
+    /// # Errors
+    /// [`Error::UnloggedWriter`] while a device reports nothing; [`Error::Kvm`] when logging can't be switched on, which is
+    /// off everywhere then.
+    pub fn consumer(&self, start: Start) -> Result<Consumer> {
+        let mut state = self.0.lock();
+        if let Some(device) = state.unlogged.first() {
+            return Err(Error::UnloggedWriter {
+                device: device.clone(),
+            });
+        }
+        if state.logging {
+            // What came before belongs to the others alone.
+            self.0.harvest_all(&mut state)?;
+        } else {
+            self.0.start_logging(&mut state)?;
+        }
+        let consumer = self.0.store.consumer(start);
+        drop(state);
+        Ok(Consumer::new(Arc::clone(&self.0), consumer))
+    }
+
+    /// A transaction: steps are gathered, then committed all or nothing.
+    pub fn transaction(&self) -> Transaction<'_> {
+        Transaction::new(&self.0)
+    }
+
+    /// Takes a device that writes guest memory and keeps a log of it.
+    pub fn attach(&self, log: Box<dyn ExternalLog>) {
+        self.0.lock().external.push(log);
+    }
+
+    /// Takes a device that writes guest memory and reports nothing. While it is there, no consumer can be.
+    ///
+    /// # Errors
+    /// [`Error::UnloggedWriter`] while a consumer exists: its destination would miss what the device writes.
+    pub fn attach_unlogged(&self, device: &str) -> Result<()> {
+        let mut state = self.0.lock();
+        if state.logging {
+            return Err(Error::UnloggedWriter {
+                device: device.into(),
+            });
+        }
+        state.unlogged.push(device.into());
+        Ok(())
+    }
+
+    /// Takes a device away, by name. A device with a log is harvested a last time.
+    ///
+    /// # Errors
+    /// Those of [`Tracker::harvest`]; the device is still attached then.
+    pub fn detach(&self, device: &str) -> Result<()> {
+        let mut state = self.0.lock();
+        state.unlogged.retain(|d| d != device);
+        if state.external.iter().any(|l| l.name() == device) {
+            self.0.harvest_all(&mut state)?;
+            state.external.retain(|l| l.name() != device);
+        }
+        Ok(())
+    }
+
+    /// What any consumer has dirty or on lease in a slot; bit `n` is page `n` of the slot. `None` when there is no such slot.
+    #[must_use]
+    pub fn slot_bitmap(&self, key: impl Into<SlotKey>) -> Option<PageBitmap> {
+        let state = self.0.lock();
+        let slot = *state.layout.slot(key.into())?;
+        let all = self.0.store.snapshot(&[slot.block]);
+        Some(all.get(&slot.block)?.slice(slot.range))
+    }
+
+    /// Gives pages of a block back to the host: see [`Block::discard`]. For every consumer it is a write of zeros.
+    ///
+    /// # Errors
+    /// [`Error::Bitmap`] for a block or range that is not there; those of [`Block::discard`].
+    pub fn discard(&self, block: BlockId, range: PageRange) -> Result<()> {
+        let _writing = self.writers().enter();
+        let block = self
+            .block(block)
+            .ok_or(gleaner_bitmap::Error::UnknownBlock { block })?;
+        block.discard(range)
+    }
+
+    /// Stops the guest: every vCPU thread parked with its I/O complete, every writer of the VMM's out. `pause_devices` runs
+    /// between the two, and has to leave no device writing.
+    ///
+    /// # Errors
+    /// [`Error::KickTimeout`], [`Error::AlreadyStopped`], [`Error::ExternalLog`] with what `pause_devices` says. The guest
+    /// runs on, unless it was stopped before.
+    pub fn stop(
+        &self,
+        pause_devices: impl FnOnce() -> std::result::Result<(), String>,
+    ) -> Result<StoppedGuest> {
+        let vcpus = self.0.gate.stop()?;
+        pause_devices().map_err(|reason| Error::ExternalLog {
+            device: "devices".into(),
+            reason,
+        })?;
+        Ok(StoppedGuest {
+            quiet: self.0.writers.quiet(),
+            vcpus,
+        })
+    }
+
+    /// Ends vCPU threads ([`Seat::run`] returns `Shutdown`) and the reaper.
+    pub fn shutdown(&self) {
+        self.0.gate.shutdown();
+        self.0.reaper.shutdown();
+    }
+}
+
+/// Nothing writes guest memory any more: vCPUs are parked, writers out. Dropping it lets everything go on.
+#[derive(Debug)]
+#[must_use = "dropping it lets the guest go on"]
+pub struct StoppedGuest {
+    // In this order: writers may go on before the vCPUs do.
+    quiet: QuietWriters,
+    vcpus: StoppedVcpus,
+}
+
+impl StoppedGuest {
+    /// The stopped vCPUs, for saving their state.
+    pub const fn vcpus(&self) -> &StoppedVcpus {
+        &self.vcpus
+    }
+
+    /// The writers that are kept out.
+    pub const fn writers(&self) -> &QuietWriters {
+        &self.quiet
+    }
+}

@@ -1,0 +1,119 @@
+//! The VMM's own writers of guest memory, counted so that the last harvest can wait for them.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Counts the VMM's writers. A write and its mark in the block's log happen under one [`Writing`]; the last harvest of a
+/// switchover comes after [`Writers::quiet`], so it finds every mark.
+#[derive(Clone, Debug, Default)]
+pub struct Writers(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    writing: u64,
+    quiet: bool,
+}
+
+/// Somebody of the VMM's is writing guest memory.
+#[derive(Debug)]
+#[must_use = "writes are only covered while it lives"]
+pub struct Writing(Arc<Shared>);
+
+/// Nobody of the VMM's writes guest memory until this is dropped.
+#[derive(Debug)]
+#[must_use = "writers go on when it is dropped"]
+pub struct QuietWriters(Arc<Shared>);
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Writers {
+    /// Begins to write; waits while writers are quiet. Don't hold it across anything that waits for a migration.
+    pub fn enter(&self) -> Writing {
+        let mut state = self.0.lock();
+        while state.quiet {
+            state = self.0.wait(state);
+        }
+        state.writing += 1;
+        Writing(Arc::clone(&self.0))
+    }
+
+    /// Lets nobody in any more and waits for those inside. vCPU threads have to be parked before: their exit handlers
+    /// write too.
+    pub fn quiet(&self) -> QuietWriters {
+        let mut state = self.0.lock();
+        while state.quiet {
+            state = self.0.wait(state);
+        }
+        state.quiet = true;
+        while state.writing > 0 {
+            state = self.0.wait(state);
+        }
+        QuietWriters(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.0.lock().writing -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Drop for QuietWriters {
+    fn drop(&mut self) {
+        self.0.lock().quiet = false;
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn quiet_waits_for_an_unfinished_write_and_keeps_new_ones_out() {
+        let writers = Writers::default();
+        let (finished, entered) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|s| {
+            let writing = writers.enter();
+            let quiet = s.spawn(|| {
+                let quiet = writers.quiet();
+                assert!(
+                    finished.load(Ordering::SeqCst),
+                    "quiet with a write unfinished"
+                );
+                quiet
+            });
+            while !writers.0.lock().quiet {
+                std::thread::yield_now();
+            }
+            let late = s.spawn(|| {
+                let _writing = writers.enter();
+                entered.store(true, Ordering::SeqCst);
+            });
+            finished.store(true, Ordering::SeqCst);
+            drop(writing);
+            let quiet = quiet.join().unwrap();
+            assert!(!entered.load(Ordering::SeqCst), "a writer got in");
+            drop(quiet);
+            late.join().unwrap();
+        });
+        assert!(entered.load(Ordering::SeqCst));
+    }
+}
