@@ -15,6 +15,8 @@ mod external;
 pub mod gate;
 mod tracker;
 mod vhost_log;
+#[cfg(feature = "reference-vmm")]
+pub mod vmm;
 mod writers;
 
 pub use block::Block;
