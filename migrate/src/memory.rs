@@ -51,21 +51,21 @@ impl MappedMemory {
     /// [`Error::Memory`], for a file that is too short too.
     pub fn of_file(file: File, pages: u64) -> Result<Self> {
         Self::map(
-            Some(file),
+            Some(FileOffset::new(file, 0)),
             pages,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | libc::MAP_NORESERVE,
         )
     }
 
-    /// As [`MappedMemory::of_file`], for reading alone: writing to it is a segmentation fault, so it serves sources and
-    /// is not for a [`Destination`](crate::Destination).
+    /// As [`MappedMemory::of_file`], but from byte `start` of the file on and for reading alone: writing to it is a
+    /// segmentation fault, so it serves sources and is not for a [`Destination`](crate::Destination).
     ///
     /// # Errors
     /// [`Error::Memory`], for a file that is too short too.
-    pub fn of_file_read_only(file: File, pages: u64) -> Result<Self> {
+    pub fn of_file_read_only(file: File, start: u64, pages: u64) -> Result<Self> {
         Self::map(
-            Some(file),
+            Some(FileOffset::new(file, start)),
             pages,
             libc::PROT_READ,
             libc::MAP_SHARED | libc::MAP_NORESERVE,
@@ -78,7 +78,7 @@ impl MappedMemory {
         self.0.as_ptr()
     }
 
-    fn map(file: Option<File>, pages: u64, prot: i32, flags: i32) -> Result<Self> {
+    fn map(file: Option<FileOffset>, pages: u64, prot: i32, flags: i32) -> Result<Self> {
         let fail = |detail: String| Error::Memory {
             what: "can't be mapped",
             detail: format!("{pages} pages: {detail}"),
@@ -91,15 +91,15 @@ impl MappedMemory {
         if let Some(file) = &file {
             // Touching pages past the end of a file kills the process.
             let length = file
+                .file()
                 .metadata()
                 .map_err(|cause| fail(cause.to_string()))?
                 .len();
-            if length < size as u64 {
+            if length.saturating_sub(file.start()) < size as u64 {
                 return Err(fail(format!("the file has only {length} bytes")));
             }
         }
-        let offset = file.map(|file| FileOffset::new(file, 0));
-        MmapRegion::build(offset, size, prot, flags)
+        MmapRegion::build(file, size, prot, flags)
             .map(Self)
             .map_err(|cause| fail(cause.to_string()))
     }
@@ -134,7 +134,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4 * PAGE_SIZE).unwrap();
         let writable = MappedMemory::of_file(file.try_clone().unwrap(), 4).unwrap();
-        let reader = MappedMemory::of_file_read_only(file, 4).unwrap();
+        let reader = MappedMemory::of_file_read_only(file, 0, 4).unwrap();
         let last = PageRange::new(3, 1);
         writable.slice(last).unwrap().copy_from(&[7u8; 4096]);
         let mut seen = [0u8; 4096];

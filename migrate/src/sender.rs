@@ -206,6 +206,11 @@ impl Session<'_> {
 
     /// Brings the source to where it belongs and tells how it went.
     fn finish(mut self, ended: Result<()>) -> Report {
+        // Asked before the attempt ends at the source, which forgets it then.
+        match self.source.transactions() {
+            Ok(transactions) => self.report.transactions = transactions,
+            Err(error) => tracing::warn!(%error, "the number of transactions is unknown"),
+        }
         if let Err(error) = ended {
             self.end(error);
         }
@@ -214,10 +219,6 @@ impl Session<'_> {
         }
         self.report.total_ms = millis(self.start.elapsed());
         self.report.bytes_on_wire = self.link.bytes();
-        match self.source.transactions() {
-            Ok(transactions) => self.report.transactions = transactions,
-            Err(error) => tracing::warn!(%error, "the number of transactions is unknown"),
-        }
         self.link.close();
         self.report
     }
