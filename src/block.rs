@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use gleaner_bitmap::{BlockId, BlockInfo, PAGE_SIZE, PageRange, WriteLog, pages_of};
+use gleaner_bitmap::{BlockId, BlockInfo, Extent, PAGE_SIZE, PageRange, WriteLog, pages_of};
 use gleaner_migrate::PageMemory;
 use gleaner_ring::HostRange;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
@@ -101,6 +101,15 @@ impl Block {
         self.info.id
     }
 
+    /// Some of its pages, as a slot maps them.
+    #[must_use]
+    pub const fn extent(&self, range: PageRange) -> Extent {
+        Extent {
+            block: self.info.id,
+            range,
+        }
+    }
+
     /// Its memory; what is written through `vm-memory`'s interfaces is logged.
     #[must_use]
     pub const fn memory(&self) -> &Arc<MmapRegion<WriteLog>> {
@@ -113,10 +122,17 @@ impl Block {
         self.region.bitmap()
     }
 
-    /// The file behind it, if there is one.
-    #[must_use]
-    pub fn backing(&self) -> Option<&File> {
-        self.region.file_offset().map(FileOffset::file)
+    /// The file that others may map, and the block's offset in it.
+    ///
+    /// # Errors
+    /// [`Error::NoFile`] for anonymous or private memory.
+    pub fn shared_backing(&self) -> Result<(&File, u64)> {
+        match self.region.file_offset() {
+            Some(offset) if self.is_shared() => Ok((offset.file(), offset.start())),
+            _ => Err(Error::NoFile {
+                block: self.info.name.clone(),
+            }),
+        }
     }
 
     /// Whether the pages are shared with the file's other users.

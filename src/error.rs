@@ -120,6 +120,18 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// No such lease: it was acknowledged or released before.
+    #[error("lease {lease} is not open")]
+    UnknownLease {
+        /// Its number.
+        lease: u64,
+    },
+    /// Device state could not be saved.
+    #[error("device state could not be saved: {reason}")]
+    DeviceState {
+        /// Why.
+        reason: String,
+    },
     /// The guest is stopped already.
     #[error("the guest is stopped already")]
     AlreadyStopped,
@@ -145,6 +157,20 @@ pub enum Error {
     /// The reaper could not empty a full dirty ring; its vCPU can't go on. Pages are held back, not lost.
     #[error("dirty rings could not be emptied: {reason}")]
     Reaper {
+        /// Why.
+        reason: String,
+    },
+    /// The service's socket can't be used.
+    #[error("service socket {path}: {source}")]
+    Socket {
+        /// Where.
+        path: std::path::PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The service refused a request.
+    #[error("the service says: {reason}")]
+    Service {
         /// Why.
         reason: String,
     },

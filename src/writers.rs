@@ -52,6 +52,18 @@ impl Writers {
         Writing(Arc::clone(&self.0))
     }
 
+    /// Begins to write, unless writers are quiet: for a thread that has to look at something else meanwhile, such as
+    /// whether it is to end.
+    #[must_use]
+    pub fn try_enter(&self) -> Option<Writing> {
+        let mut state = self.0.lock();
+        if state.quiet {
+            return None;
+        }
+        state.writing += 1;
+        Some(Writing(Arc::clone(&self.0)))
+    }
+
     /// Lets nobody in any more and waits for those inside. vCPU threads have to be parked before: their exit handlers
     /// write too.
     pub fn quiet(&self) -> QuietWriters {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Gate, SHUTDOWN, STOP, Seat};
 use crate::{Error, Result};
@@ -27,11 +27,12 @@ impl<'a> Parked<'a> {
     }
 
     /// Lets KVM complete the I/O of the last exit: an unfinished `in` or MMIO read is part of no saved state. It may write
-    /// guest memory, which the last harvest then sees.
+    /// guest memory, which the last harvest then sees. An exit that follows is to be handled like any other, and this called
+    /// again, until there is none.
     ///
     /// # Errors
     /// [`Error::VcpuRun`].
-    pub fn complete_io(&mut self) -> Result<()> {
+    pub fn complete_io(&mut self) -> Result<Option<VcpuExit<'_>>> {
         self.seat.complete_io(self.vcpu)
     }
 

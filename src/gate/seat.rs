@@ -170,20 +170,21 @@ impl Seat {
         }
     }
 
-    /// Lets KVM complete the I/O of the last exit, without running guest code.
-    pub(super) fn complete_io(&self, vcpu: &mut VcpuFd) -> Result<()> {
+    /// Lets KVM complete the I/O of the last exit, without running guest code. The exit that this may lead to is returned.
+    pub(super) fn complete_io<'a>(&self, vcpu: &'a mut VcpuFd) -> Result<Option<VcpuExit<'a>>> {
         while self.enter(CLOSED).is_err() {
             if self.wait_open() & SHUTDOWN != 0 {
-                return Ok(());
+                return Ok(None);
             }
         }
         self.state.run.set_immediate_exit(true);
-        let result = vcpu.run().map(|_| ());
+        let result = vcpu.run();
         self.leave();
         self.state.run.set_immediate_exit(false);
         match result {
-            Ok(()) => Ok(()),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
+            Ok(VcpuExit::Intr) => Ok(None),
+            Ok(exit) => Ok(Some(exit)),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
             Err(error) => Err(Error::VcpuRun {
                 vcpu: self.state.vcpu,
                 source: io::Error::from_raw_os_error(error.errno()),

@@ -1,0 +1,216 @@
+//! A tracker as the source of a migration, in the process that runs the guest.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use gleaner_bitmap::{BlockId, Layout, Start};
+use gleaner_migrate::{
+    Error as MigrateError, Harvested, LeaseId, LeasedPart, PageLease, Result, Source,
+};
+
+use crate::gate::StoppedVcpus;
+use crate::{Block, Consumer, Error, Leased, StoppedGuest, Tracker};
+
+/// What the VMM does at a switchover.
+pub trait Hooks: Send {
+    /// Every vCPU is parked: pause devices and external logs, so that nothing but the VMM's counted writers is left.
+    ///
+    /// # Errors
+    /// Why it can't; the guest goes on.
+    fn pause_devices(&mut self) -> std::result::Result<(), String>;
+
+    /// Device and vCPU state, as the destination's VMM wants it. It may write guest memory.
+    ///
+    /// # Errors
+    /// Why it can't; the guest goes on.
+    fn save(&mut self, stopped: &StoppedVcpus) -> std::result::Result<Vec<u8>, String>;
+
+    /// The guest goes on here: devices may too.
+    fn resume(&mut self);
+
+    /// The guest runs elsewhere. It stays stopped here.
+    fn migrated_away(&mut self);
+}
+
+/// A [`Source`] on a tracker in this process. Its consumer is bound to one attempt: it starts all-dirty, because nothing is
+/// known of what the destination holds.
+///
+/// Dropped before [`Source::relinquish`], the guest goes on; dropped after it, the guest must not be let go on, so the
+/// stopped guest is leaked: it may be running elsewhere.
+pub struct LocalSource {
+    tracker: Tracker,
+    hooks: Box<dyn Hooks>,
+    consumer: Option<Consumer>,
+    leases: BTreeMap<LeaseId, Leased>,
+    next_lease: u64,
+    stopped: Option<StoppedGuest>,
+    relinquished: bool,
+    transactions_before: u64,
+}
+
+impl std::fmt::Debug for LocalSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LocalSource")
+            .field("leases", &self.leases.len())
+            .field("relinquished", &self.relinquished)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LocalSource {
+    /// Begins an attempt: logging is switched on, everything is dirty.
+    ///
+    /// # Errors
+    /// Those of [`Tracker::consumer`].
+    pub fn new(tracker: &Tracker, hooks: Box<dyn Hooks>) -> crate::Result<Self> {
+        Ok(Self {
+            consumer: Some(tracker.consumer(Start::AllDirty)?),
+            tracker: tracker.clone(),
+            hooks,
+            leases: BTreeMap::new(),
+            next_lease: 0,
+            stopped: None,
+            relinquished: false,
+            transactions_before: tracker.transactions(),
+        })
+    }
+
+    /// The tracker.
+    #[must_use]
+    pub const fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// A block of the layout in force, or of an open lease.
+    pub(crate) fn block(&self, id: BlockId) -> Option<Block> {
+        let leased = || {
+            let mut parts = self.leases.values().flat_map(Leased::parts);
+            parts.find(|(e, _)| e.block == id).map(|(_, b)| b.clone())
+        };
+        self.tracker.block(id).or_else(leased)
+    }
+
+    /// Whether the guest may be running elsewhere.
+    #[must_use]
+    pub const fn is_relinquished(&self) -> bool {
+        self.relinquished
+    }
+
+    fn consumer(&self) -> Result<&Consumer> {
+        self.consumer
+            .as_ref()
+            .ok_or_else(|| MigrateError::source(gleaner_bitmap::Error::ConsumerGone))
+    }
+
+    fn take(&mut self, lease: LeaseId) -> Result<Leased> {
+        self.leases
+            .remove(&lease)
+            .ok_or_else(|| MigrateError::source(Error::UnknownLease { lease: lease.0 }))
+    }
+}
+
+impl Source for LocalSource {
+    fn layout(&mut self) -> Result<Layout> {
+        Ok(Layout::clone(&self.tracker.layout()))
+    }
+
+    fn harvest(&mut self) -> Result<Harvested> {
+        self.tracker.harvest().map_err(MigrateError::source)?;
+        Ok(Harvested {
+            generation: self.tracker.layout().generation(),
+            dirty_pages: self.consumer()?.dirty_pages(),
+        })
+    }
+
+    fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
+        let Some(leased) = self.consumer()?.lease(max_pages) else {
+            return Ok(None);
+        };
+        let id = LeaseId(self.next_lease);
+        self.next_lease += 1;
+        let parts = leased
+            .parts()
+            .iter()
+            .map(|(extent, block)| LeasedPart::new(*extent, Arc::new(block.clone())))
+            .collect();
+        let lease = PageLease {
+            id,
+            generation: leased.generation(),
+            parts,
+        };
+        self.leases.insert(id, leased);
+        Ok(Some(lease))
+    }
+
+    fn ack(&mut self, lease: LeaseId) -> Result<()> {
+        self.take(lease)?.ack();
+        Ok(())
+    }
+
+    fn release(&mut self, lease: LeaseId) -> Result<()> {
+        self.take(lease).map(drop)
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        let hooks = &mut self.hooks;
+        let stopped = self
+            .tracker
+            .stop(|| hooks.pause_devices())
+            .map_err(MigrateError::source)?;
+        self.stopped = Some(stopped);
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>> {
+        let stopped = self
+            .stopped
+            .as_ref()
+            .ok_or_else(|| MigrateError::source(Error::NotStopped))?;
+        self.hooks
+            .save(stopped.vcpus())
+            .map_err(|reason| MigrateError::source(Error::DeviceState { reason }))
+    }
+
+    fn relinquish(&mut self) -> Result<()> {
+        if self.stopped.is_none() {
+            return Err(MigrateError::source(Error::NotStopped));
+        }
+        self.relinquished = true;
+        Ok(())
+    }
+
+    fn complete(&mut self) -> Result<()> {
+        if !self.relinquished {
+            return Err(MigrateError::source(Error::NotStopped));
+        }
+        self.leases.clear();
+        self.consumer = None;
+        self.hooks.migrated_away();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.relinquished = false;
+        self.leases.clear();
+        if let Some(stopped) = self.stopped.take() {
+            self.hooks.resume();
+            drop(stopped);
+        }
+        Ok(())
+    }
+
+    fn transactions(&mut self) -> Result<u64> {
+        Ok(self.tracker.transactions() - self.transactions_before)
+    }
+}
+
+impl Drop for LocalSource {
+    fn drop(&mut self) {
+        if self.relinquished {
+            // The guest may run elsewhere: here it stays stopped until the process ends.
+            std::mem::forget(self.stopped.take());
+        } else if self.stopped.is_some() {
+            self.hooks.resume();
+        }
+    }
+}
