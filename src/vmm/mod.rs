@@ -1,4 +1,15 @@
-//! The tiny VMM that the tests, the demonstrations and the benchmarks run.
+//! The reference VMM: the smallest VMM that hosts Gleaner's service.
+//!
+//! An example for VMM authors, the guest of the demo, and what the tests migrate. It runs a real KVM guest ([`guest`]) whose
+//! vCPUs dirty memory and check it themselves, writes guest memory itself like a device would ([`device`]), and changes its
+//! memory slots all the time ([`churn`]).
 
-#[cfg(target_arch = "x86_64")]
+pub mod churn;
+pub mod device;
 pub mod guest;
+mod incoming;
+mod machine;
+mod vcpu;
+
+pub use incoming::{IncomingMachine, OnComplete};
+pub use machine::{Machine, MachineConfig, MachineError, MachineStatus};

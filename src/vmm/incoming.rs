@@ -1,0 +1,206 @@
+//! The destination's side: memory for the blocks that arrive, and the machine that goes on running on it.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use gleaner_bitmap::{BlockId, BlockInfo, Layout, PAGE_SIZE};
+use gleaner_migrate::{Destination, Error as MigrateError, Memory, Result};
+use vm_memory::GuestAddress;
+
+use super::guest::{MemoryMap, VcpuState};
+use super::machine::{Board, Machine, MachineError, MachineState, Parts, RAM, open_vm};
+use crate::{Block, Tracking};
+
+/// Called when all memory is here and the source is stopped, before the destination says that it is ready: blocks by name.
+pub type OnComplete =
+    Box<dyn FnMut(&BTreeMap<String, Block>) -> std::result::Result<(), String> + Send>;
+
+/// A destination that takes the reference VMM's guest, or only its memory.
+#[derive(Default)]
+pub struct IncomingMachine {
+    /// Blocks by the source's ids.
+    blocks: BTreeMap<BlockId, Block>,
+    layout: Option<Layout>,
+    ram_dir: Option<PathBuf>,
+    resume: Option<Tracking>,
+    on_complete: Option<OnComplete>,
+    machine: Option<Machine>,
+}
+
+impl std::fmt::Debug for IncomingMachine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IncomingMachine")
+            .field("blocks", &self.blocks.len())
+            .field("machine", &self.machine)
+            .finish_non_exhaustive()
+    }
+}
+
+impl IncomingMachine {
+    /// A destination that keeps memory in memfds, and runs no guest.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Keeps the memory of each block in `dir/<block>.ram`.
+    #[must_use]
+    pub fn ram_dir(mut self, dir: PathBuf) -> Self {
+        self.ram_dir = Some(dir);
+        self
+    }
+
+    /// Runs the guest when the source has let go of it, tracked in this way.
+    #[must_use]
+    pub const fn resume(mut self, tracking: Tracking) -> Self {
+        self.resume = Some(tracking);
+        self
+    }
+
+    /// Calls `check` before saying that everything is ready. An error from it fails the migration; the source runs on.
+    #[must_use]
+    pub fn on_complete(mut self, check: OnComplete) -> Self {
+        self.on_complete = Some(check);
+        self
+    }
+
+    /// The machine that runs here now, if one does.
+    pub fn take_machine(&mut self) -> Option<Machine> {
+        self.machine.take()
+    }
+
+    /// The blocks that arrived, by name.
+    #[must_use]
+    pub fn blocks(&self) -> BTreeMap<String, Block> {
+        let named = self
+            .blocks
+            .values()
+            .map(|b| (b.info().name.clone(), b.clone()));
+        named.collect()
+    }
+
+    /// A block's memory, all zero: a file that exists is emptied, because the source does not send zeros to memory that
+    /// was promised to be zero.
+    fn allocate(&self, info: &BlockInfo) -> std::result::Result<Block, MachineError> {
+        let bytes = info.pages * PAGE_SIZE;
+        let Some(dir) = &self.ram_dir else {
+            return Ok(Block::memfd(&info.name, bytes)?);
+        };
+        let path = dir.join(format!("{}.ram", info.name));
+        let fail = |source| MachineError::RamFile {
+            path: path.clone(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(fail)?;
+        file.set_len(bytes).map_err(fail)?;
+        Ok(Block::file(&info.name, file, bytes)?)
+    }
+
+    fn build(
+        &self,
+        layout: &Layout,
+        state: &[u8],
+        tracking: Tracking,
+    ) -> std::result::Result<Machine, MachineError> {
+        let state = MachineState::from_bytes(state)?;
+        let ram = self
+            .blocks
+            .get(&state.ram.id)
+            .filter(|b| b.info().name == RAM)
+            .ok_or_else(|| MachineError::State("it names no block \"ram\"".into()))?;
+        let map = MemoryMap::new(ram.info().pages * PAGE_SIZE, state.vcpus.len())?;
+        let vcpus: Vec<VcpuState> = state
+            .vcpus
+            .iter()
+            .map(|bytes| VcpuState::from_bytes(bytes))
+            .collect::<std::result::Result<_, _>>()?;
+        let (kvm, vm, tracker) = open_vm(tracking)?;
+        let mut tx = tracker.transaction();
+        for block in self.blocks.values() {
+            tx.add_block(block);
+        }
+        for slot in layout.slots() {
+            let block = self.blocks.get(&slot.block).ok_or_else(|| {
+                MachineError::State(format!("{} maps a block that did not arrive", slot.key))
+            })?;
+            tx.create(slot.key, GuestAddress(slot.gpa), block.extent(slot.range));
+            if slot.readonly {
+                tx.set_readonly(slot.key, true);
+            }
+        }
+        tx.commit()?;
+        let parts = Arc::new(Parts {
+            kvm,
+            vm,
+            tracker,
+            map,
+            ram: ram.clone(),
+            board: Board::default(),
+            write_rate: state.write_rate,
+            idle: state.idle,
+        });
+        Machine::assemble(parts, state.device, None, |vcpu, index| {
+            vcpus[index].restore(vcpu)
+        })
+    }
+}
+
+impl Destination for IncomingMachine {
+    fn add_block(&mut self, info: &BlockInfo) -> Result<Memory> {
+        let block = self.allocate(info).map_err(MigrateError::destination)?;
+        self.blocks.insert(info.id, block.clone());
+        Ok(Arc::new(block))
+    }
+
+    fn remove_block(&mut self, info: &BlockInfo) -> Result<()> {
+        self.blocks.remove(&info.id);
+        if let Some(dir) = &self.ram_dir {
+            // Gone already is as good.
+            let _ = std::fs::remove_file(dir.join(format!("{}.ram", info.name)));
+        }
+        Ok(())
+    }
+
+    fn layout(&mut self, layout: &Layout) -> Result<()> {
+        self.layout = Some(layout.clone());
+        Ok(())
+    }
+
+    fn ready(&mut self, state: Vec<u8>) -> Result<()> {
+        if let Some(check) = &mut self.on_complete {
+            let blocks = self
+                .blocks
+                .values()
+                .map(|b| (b.info().name.clone(), b.clone()))
+                .collect();
+            check(&blocks).map_err(MigrateError::destination)?;
+        }
+        if let (Some(tracking), Some(layout)) = (self.resume, &self.layout) {
+            let machine = self
+                .build(layout, &state, tracking)
+                .map_err(MigrateError::destination)?;
+            self.machine = Some(machine);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<()> {
+        if let Some(machine) = &mut self.machine {
+            machine.start();
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        self.machine = None;
+        self.blocks.clear();
+    }
+}

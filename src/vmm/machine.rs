@@ -1,0 +1,429 @@
+//! A machine: VM, tracker, RAM, vCPU threads, device, churn.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use gleaner_bitmap::BlockInfo;
+use kvm_ioctls::{Kvm, VmFd};
+use serde::{Deserialize, Serialize};
+use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
+
+use super::churn::{Churn, ChurnConfig, ChurnCounts};
+use super::device::{Device, DeviceState};
+use super::guest::{CheckResult, Guest, GuestError, HOME, Mailbox, MemoryMap, Workload};
+use super::vcpu;
+use crate::codec;
+use crate::gate::StoppedVcpus;
+use crate::{Block, Hooks, StoppedGuest, Tracker, Tracking, WriteLogSlice};
+
+/// What can go wrong in the reference VMM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// `/dev/kvm` does not open, or gives no VM.
+    #[error("/dev/kvm: {0}")]
+    Kvm(io::Error),
+    /// The tracker refused something.
+    #[error(transparent)]
+    Tracker(#[from] crate::Error),
+    /// The guest can't be built.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A RAM file can't be used.
+    #[error("{path}: {source}")]
+    RamFile {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A thread can't be started.
+    #[error("thread: {0}")]
+    Thread(io::Error),
+    /// State that came from a source is not this machine's.
+    #[error("machine state from the source: {0}")]
+    State(String),
+    /// A vCPU stopped for a reason that the machine does not know.
+    #[error("vCPU {vcpu}: {reason}")]
+    Vcpu {
+        /// Which one.
+        vcpu: usize,
+        /// Why.
+        reason: String,
+    },
+    /// The guest did not answer.
+    #[error("the guest did not finish its check within {} s", .0.as_secs())]
+    CheckTimeout(Duration),
+}
+
+/// What a machine is made of.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Bytes of RAM.
+    pub ram: u64,
+    /// vCPUs.
+    pub vcpus: usize,
+    /// Where RAM is, instead of in a memfd: a file of exactly `ram` bytes, which is made when it is missing.
+    pub ram_file: Option<PathBuf>,
+    /// How dirty pages are tracked.
+    pub tracking: Tracking,
+    /// What the guest writes.
+    pub workload: Workload,
+    /// Pages a second that all vCPUs together write at most.
+    pub write_rate: Option<u64>,
+    /// Slot transactions.
+    pub churn: Option<ChurnConfig>,
+    /// Seed of everything random.
+    pub seed: u64,
+}
+
+/// What a machine is doing.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum MachineStatus {
+    /// The guest runs, or can.
+    #[default]
+    Running,
+    /// The guest runs elsewhere; here it stays stopped.
+    MigratedAway,
+    /// A vCPU failed.
+    Failed(String),
+}
+
+/// What threads of the machine share.
+#[derive(Debug, Default)]
+pub(super) struct Board {
+    state: Mutex<BoardState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct BoardState {
+    status: MachineStatus,
+    checks: BTreeMap<usize, CheckResult>,
+}
+
+impl Board {
+    fn lock(&self) -> MutexGuard<'_, BoardState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn fail(&self, reason: String) {
+        self.lock().status = MachineStatus::Failed(reason);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn checked(&self, vcpu: usize, result: CheckResult) {
+        self.lock().checks.insert(vcpu, result);
+        self.changed.notify_all();
+    }
+}
+
+/// The machine's state as it travels.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct MachineState {
+    pub ram: BlockInfo,
+    pub vcpus: Vec<Vec<u8>>,
+    pub write_rate: Option<u64>,
+    pub idle: bool,
+    pub device: DeviceState,
+}
+
+/// More than any valid state: 16 vCPUs of 16 KiB.
+const STATE_LIMIT: usize = 1 << 20;
+
+impl MachineState {
+    fn to_bytes(&self) -> Result<Vec<u8>, String> {
+        codec::encode::<STATE_LIMIT>(self)
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, MachineError> {
+        codec::decode::<STATE_LIMIT, _>(bytes).map_err(MachineError::State)
+    }
+}
+
+/// The name of the block that every machine has.
+pub const RAM: &str = "ram";
+
+/// A machine with its threads. Dropping it ends them.
+pub struct Machine {
+    pub(super) parts: Arc<Parts>,
+    threads: Vec<JoinHandle<()>>,
+    device: Option<Device>,
+    churn: Option<Churn>,
+    /// Until the guest is started.
+    stopped: Option<StoppedGuest>,
+}
+
+/// What the machine's threads use.
+pub(super) struct Parts {
+    pub kvm: Kvm,
+    pub vm: Arc<VmFd>,
+    pub tracker: Tracker,
+    pub map: MemoryMap,
+    pub ram: Block,
+    pub board: Board,
+    pub write_rate: Option<u64>,
+    pub idle: bool,
+}
+
+impl Parts {
+    /// All RAM; writes through it are the VMM's and are logged.
+    pub(super) fn memory(&self) -> VolatileSlice<'_, WriteLogSlice<'_>> {
+        self.ram.memory().as_volatile_slice()
+    }
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("tracker", &self.parts.tracker)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The machine's RAM in a file, which is made when it is missing.
+fn ram_file(path: &PathBuf, bytes: u64) -> Result<File, MachineError> {
+    let fail = |source| MachineError::RamFile {
+        path: path.clone(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(fail)?;
+    if file.metadata().map_err(fail)?.len() == 0 {
+        file.set_len(bytes).map_err(fail)?;
+    }
+    Ok(file)
+}
+
+/// A VM and its tracker.
+pub(super) fn open_vm(tracking: Tracking) -> Result<(Kvm, Arc<VmFd>, Tracker), MachineError> {
+    let os = |e: kvm_ioctls::Error| MachineError::Kvm(io::Error::from_raw_os_error(e.errno()));
+    let kvm = Kvm::new().map_err(os)?;
+    let vm = Arc::new(kvm.create_vm().map_err(os)?);
+    let tracker = Tracker::builder(Arc::clone(&vm))
+        .tracking(tracking)
+        .build()?;
+    Ok((kvm, vm, tracker))
+}
+
+impl Machine {
+    /// A new machine, its guest ready to start.
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing is left behind.
+    pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
+        let map = MemoryMap::new(config.ram, config.vcpus)?;
+        let ram = match &config.ram_file {
+            None => Block::memfd(RAM, config.ram)?,
+            Some(path) => Block::file(RAM, ram_file(path, config.ram)?, config.ram)?,
+        };
+        let (kvm, vm, tracker) = open_vm(config.tracking)?;
+        // Many writes for an exit when nothing paces them, few when something does.
+        let batch = match config.write_rate {
+            None => 4096,
+            Some(rate) => u32::try_from(rate / config.vcpus as u64 / 200)
+                .unwrap_or(4096)
+                .clamp(1, 4096),
+        };
+        let guest = Guest::new(map, config.workload, batch, config.seed)?;
+        let parts = Arc::new(Parts {
+            kvm,
+            vm,
+            tracker,
+            map,
+            ram,
+            board: Board::default(),
+            write_rate: config.write_rate,
+            idle: config.workload == Workload::Idle,
+        });
+        guest.load(&parts.memory())?;
+        let mut tx = parts.tracker.transaction();
+        let home = map.home();
+        tx.add_block(&parts.ram)
+            .create(0, GuestAddress(0), parts.ram.extent(map.low()))
+            .create(1, GuestAddress(HOME), parts.ram.extent(home));
+        tx.commit()?;
+        let device = DeviceState::new(config.seed);
+        Self::assemble(parts, device, config.churn.clone(), |vcpu, index| {
+            guest.start(vcpu, index)
+        })
+    }
+
+    /// Makes vCPUs and threads; the guest stays stopped.
+    pub(super) fn assemble(
+        parts: Arc<Parts>,
+        device: DeviceState,
+        churn: Option<ChurnConfig>,
+        mut init: impl FnMut(&kvm_ioctls::VcpuFd, usize) -> Result<(), GuestError>,
+    ) -> Result<Self, MachineError> {
+        let stopped = parts.tracker.stop(|| Ok(()))?;
+        let mut threads = Vec::new();
+        for index in 0..parts.map.vcpus() {
+            let os =
+                |e: kvm_ioctls::Error| MachineError::Kvm(io::Error::from_raw_os_error(e.errno()));
+            let vcpu = parts.vm.create_vcpu(index as u64).map_err(os)?;
+            init(&vcpu, index)?;
+            threads
+                .push(vcpu::spawn(Arc::clone(&parts), vcpu, index).map_err(MachineError::Thread)?);
+        }
+        let device = Device::spawn(&parts, device).map_err(MachineError::Thread)?;
+        let churn = match churn {
+            Some(config) => Some(Churn::spawn(&parts, config).map_err(MachineError::Thread)?),
+            None => None,
+        };
+        Ok(Self {
+            parts,
+            threads,
+            device: Some(device),
+            churn,
+            stopped: Some(stopped),
+        })
+    }
+
+    /// Lets the guest run.
+    pub fn start(&mut self) {
+        self.stopped = None;
+    }
+
+    /// Its tracker.
+    #[must_use]
+    pub fn tracker(&self) -> &Tracker {
+        &self.parts.tracker
+    }
+
+    /// Its RAM.
+    #[must_use]
+    pub fn ram(&self) -> &Block {
+        &self.parts.ram
+    }
+
+    /// What it is doing.
+    #[must_use]
+    pub fn status(&self) -> MachineStatus {
+        self.parts.board.lock().status.clone()
+    }
+
+    /// Slot transactions by kind, and their blackouts.
+    #[must_use]
+    pub fn churn_counts(&self) -> ChurnCounts {
+        self.churn.as_ref().map(Churn::counts).unwrap_or_default()
+    }
+
+    /// Pages that the guest has written so far, as of the end of each vCPU's last batch; a page written twice counts twice.
+    ///
+    /// # Errors
+    /// [`MachineError::Guest`].
+    pub fn guest_writes(&self) -> Result<u64, MachineError> {
+        let memory = self.parts.memory();
+        (0..self.parts.map.vcpus()).try_fold(0, |sum, index| {
+            Ok(sum + Mailbox::new(&memory, &self.parts.map, index)?.count()?)
+        })
+    }
+
+    /// Lets every vCPU check its memory, and waits for the answers: the first that is not ok, or ok.
+    ///
+    /// # Errors
+    /// [`MachineError::CheckTimeout`]; [`MachineError::Vcpu`] when a vCPU failed meanwhile.
+    pub fn check(&self, limit: Duration) -> Result<CheckResult, MachineError> {
+        let vcpus = self.parts.map.vcpus();
+        self.parts.board.lock().checks.clear();
+        let memory = self.parts.memory();
+        {
+            let Some(_writing) = self.parts.tracker.writers().try_enter() else {
+                return Err(crate::Error::AlreadyStopped.into());
+            };
+            for index in 0..vcpus {
+                Mailbox::new(&memory, &self.parts.map, index)?.request_check()?;
+            }
+        }
+        let deadline = Instant::now() + limit;
+        let mut board = self.parts.board.lock();
+        loop {
+            if let MachineStatus::Failed(reason) = &board.status {
+                return Err(MachineError::Vcpu {
+                    vcpu: 0,
+                    reason: reason.clone(),
+                });
+            }
+            if board.checks.len() == vcpus {
+                let bad = board.checks.values().find(|c| !c.is_ok());
+                return Ok(bad.copied().unwrap_or(CheckResult::Ok));
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return Err(MachineError::CheckTimeout(limit));
+            };
+            let waited = self.parts.board.changed.wait_timeout(board, left);
+            board = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Makes what the machine does at a switchover, for each attempt anew.
+    pub fn hooks_factory(&self) -> impl FnMut() -> Box<dyn Hooks> + Send + 'static {
+        let parts = Arc::clone(&self.parts);
+        let device = self.device.as_ref().map(Device::shared).unwrap_or_default();
+        move || {
+            Box::new(MachineHooks {
+                parts: Arc::clone(&parts),
+                device: Arc::clone(&device),
+            })
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stopped = None;
+        self.churn = None;
+        self.device = None;
+        self.parts.tracker.shutdown();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct MachineHooks {
+    parts: Arc<Parts>,
+    device: Arc<Mutex<DeviceState>>,
+}
+
+impl Hooks for MachineHooks {
+    /// The device and the churn count as writers, which are drained next.
+    fn pause_devices(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn save(&mut self, stopped: &StoppedVcpus) -> Result<Vec<u8>, String> {
+        let vcpus = stopped.save().map_err(|e| e.to_string())?;
+        let state = MachineState {
+            ram: self.parts.ram.info().clone(),
+            vcpus: vcpus.into_iter().map(|(_, state)| state).collect(),
+            write_rate: self.parts.write_rate,
+            idle: self.parts.idle,
+            device: self
+                .device
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+        };
+        state.to_bytes()
+    }
+
+    fn resume(&mut self) {}
+
+    fn migrated_away(&mut self) {
+        self.parts.board.lock().status = MachineStatus::MigratedAway;
+        self.parts.board.changed.notify_all();
+    }
+}
