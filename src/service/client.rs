@@ -1,0 +1,225 @@
+//! The agent's end: a [`Source`] in another process.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use gleaner_bitmap::{BlockId, Layout};
+use gleaner_migrate::{
+    Error as MigrateError, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, MigrationId,
+    PageLease, Result, Source,
+};
+
+use super::message::{Request, Response, VERSION, receive_response, send_request};
+use crate::Error;
+
+/// Longest wait for an answer: stopping a guest has a limit of 10 s of its own.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An agent's connection to a service. Dropped, the service hears that the agent is gone.
+#[derive(Debug)]
+pub struct ServiceClient {
+    stream: UnixStream,
+    path: PathBuf,
+    /// Blocks mapped so far, with their lengths.
+    blocks: BTreeMap<BlockId, Arc<MappedMemory>>,
+    lengths: BTreeMap<BlockId, u64>,
+}
+
+/// How the service took the agent.
+#[derive(Debug)]
+pub enum Attach {
+    /// A new attempt has begun.
+    Ready(ServiceClient),
+    /// An earlier attempt is in doubt. Ask its destination, then `complete` or `resume`.
+    InDoubt(ServiceClient, MigrationId),
+}
+
+impl ServiceClient {
+    /// Attaches to the service at `path` for the attempt `migration`.
+    ///
+    /// # Errors
+    /// [`Error::Socket`] when nobody serves there; [`Error::Service`] with what the service says.
+    pub fn attach(path: &Path, migration: MigrationId) -> crate::Result<Attach> {
+        let fail = |source| Error::Socket {
+            path: path.to_path_buf(),
+            source,
+        };
+        let stream = UnixStream::connect(path).map_err(fail)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(fail)?;
+        let mut client = Self {
+            stream,
+            path: path.to_path_buf(),
+            blocks: BTreeMap::new(),
+            lengths: BTreeMap::new(),
+        };
+        let hello = Request::Hello {
+            version: VERSION,
+            migration: migration.0,
+        };
+        match client.ask(&hello)? {
+            (Response::Welcome { .. }, _) => Ok(Attach::Ready(client)),
+            (Response::InDoubt { migration }, _) => {
+                Ok(Attach::InDoubt(client, MigrationId(migration)))
+            }
+            (other, _) => Err(client.unexpected(&other)),
+        }
+    }
+
+    fn ask(&mut self, request: &Request) -> crate::Result<(Response, Option<File>)> {
+        // A service that refuses says why before it hangs up, so a failed send is followed by a look for its words.
+        let sent = send_request(&mut self.stream, request);
+        let answer = receive_response(&mut self.stream);
+        match (sent, answer) {
+            (_, Ok((Response::Error(reason), _))) => Err(Error::Service { reason }),
+            (Ok(()), Ok((response, fd))) => Ok((response, fd.map(File::from))),
+            (Err(source), _) | (Ok(()), Err(source)) => Err(Error::Socket {
+                path: self.path.clone(),
+                source,
+            }),
+        }
+    }
+
+    fn unexpected(&self, response: &Response) -> Error {
+        Error::Service {
+            reason: format!("an answer that does not fit: {response:?}")
+                .chars()
+                .take(200)
+                .collect(),
+        }
+    }
+
+    fn call(&mut self, request: &Request) -> Result<Response> {
+        let (response, _) = self.ask(request).map_err(MigrateError::source)?;
+        Ok(response)
+    }
+
+    fn done(&mut self, request: &Request) -> Result<()> {
+        match self.call(request)? {
+            Response::Done => Ok(()),
+            other => Err(MigrateError::source(self.unexpected(&other))),
+        }
+    }
+
+    /// A block's memory, mapped once.
+    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+        if let Some(memory) = self.blocks.get(&block) {
+            return Ok(Arc::clone(memory) as Memory);
+        }
+        if !self.lengths.contains_key(&block) {
+            self.layout()?;
+        }
+        let (response, file) = self
+            .ask(&Request::Block(block))
+            .map_err(MigrateError::source)?;
+        let (Response::Block { offset }, Some(file)) = (&response, file) else {
+            return Err(MigrateError::source(self.unexpected(&response)));
+        };
+        // A block that went between lease and layout has no length there; its descriptor has.
+        let pages = match self.lengths.get(&block) {
+            Some(pages) => *pages,
+            None => {
+                file.metadata()
+                    .map_err(MigrateError::source)?
+                    .len()
+                    .saturating_sub(*offset)
+                    / gleaner_bitmap::PAGE_SIZE
+            }
+        };
+        let memory = Arc::new(MappedMemory::of_file_read_only(file, *offset, pages)?);
+        self.blocks.insert(block, Arc::clone(&memory));
+        Ok(memory)
+    }
+}
+
+impl Source for ServiceClient {
+    fn layout(&mut self) -> Result<Layout> {
+        match self.call(&Request::Layout)? {
+            Response::Layout {
+                generation,
+                blocks,
+                slots,
+            } => {
+                let layout =
+                    Layout::from_parts(generation, blocks, slots).map_err(MigrateError::source)?;
+                self.lengths = layout.blocks().map(|b| (b.id, b.pages)).collect();
+                self.blocks.retain(|id, _| layout.block(*id).is_some());
+                Ok(layout)
+            }
+            other => Err(MigrateError::source(self.unexpected(&other))),
+        }
+    }
+
+    fn harvest(&mut self) -> Result<Harvested> {
+        match self.call(&Request::Harvest)? {
+            Response::Harvested {
+                generation,
+                dirty_pages,
+            } => Ok(Harvested {
+                generation,
+                dirty_pages,
+            }),
+            other => Err(MigrateError::source(self.unexpected(&other))),
+        }
+    }
+
+    fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
+        let lease = match self.call(&Request::Lease(max_pages))? {
+            Response::Leased(None) => return Ok(None),
+            Response::Leased(Some(lease)) => lease,
+            other => return Err(MigrateError::source(self.unexpected(&other))),
+        };
+        let parts = lease
+            .extents
+            .iter()
+            .map(|extent| Ok(LeasedPart::new(*extent, self.memory(extent.block)?)))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Some(PageLease {
+            id: LeaseId(lease.id),
+            generation: lease.generation,
+            parts,
+        }))
+    }
+
+    fn ack(&mut self, lease: LeaseId) -> Result<()> {
+        self.done(&Request::Ack(lease.0))
+    }
+
+    fn release(&mut self, lease: LeaseId) -> Result<()> {
+        self.done(&Request::Release(lease.0))
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.done(&Request::Stop)
+    }
+
+    fn state(&mut self) -> Result<Vec<u8>> {
+        match self.call(&Request::State)? {
+            Response::State(state) => Ok(state),
+            other => Err(MigrateError::source(self.unexpected(&other))),
+        }
+    }
+
+    fn relinquish(&mut self) -> Result<()> {
+        self.done(&Request::Relinquish)
+    }
+
+    fn complete(&mut self) -> Result<()> {
+        self.done(&Request::Complete)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.done(&Request::Resume)
+    }
+
+    fn transactions(&mut self) -> Result<u64> {
+        match self.call(&Request::Transactions)? {
+            Response::Number(n) => Ok(n),
+            other => Err(MigrateError::source(self.unexpected(&other))),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What agent and service say to each other, and how it is framed.
+//!
+//! A frame is a little-endian `u32` length, then so many bytes. A file descriptor travels with the length.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Slot};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::codec;
+
+/// Version of these messages.
+pub const VERSION: u32 = 1;
+
+/// Longest request in bytes.
+const REQUEST_LIMIT: usize = 4 << 10;
+/// Longest response: a layout of 32,764 slots is below 2 MiB, machine state may be more.
+const RESPONSE_LIMIT: usize = 64 << 20;
+
+/// What the agent asks.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// The first message, and the first only.
+    Hello {
+        /// [`VERSION`].
+        version: u32,
+        /// Names the attempt.
+        migration: [u8; 16],
+    },
+    /// The layout in force.
+    Layout,
+    /// The memory of a block of the layout or of an open lease.
+    Block(BlockId),
+    /// Collect, re-arm, publish.
+    Harvest,
+    /// Take up to so many dirty pages on lease.
+    Lease(u64),
+    /// A lease was applied at the destination.
+    Ack(u64),
+    /// A lease was not applied.
+    Release(u64),
+    /// Stop the guest.
+    Stop,
+    /// State of devices and vCPUs.
+    State,
+    /// The destination is ready and will be told to run.
+    Relinquish,
+    /// The destination runs.
+    Complete,
+    /// The guest goes on here.
+    Resume,
+    /// Slot transactions since the attempt began.
+    Transactions,
+}
+
+/// What the service answers.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Response {
+    /// The agent is attached, and everything is dirty.
+    Welcome {
+        /// [`VERSION`].
+        version: u32,
+    },
+    /// An earlier attempt is in doubt: only `Complete` and `Resume` are taken, once it is known what became of it.
+    InDoubt {
+        /// The earlier attempt.
+        migration: [u8; 16],
+    },
+    /// The layout.
+    Layout {
+        /// Its stamp.
+        generation: Generation,
+        /// Its blocks.
+        blocks: Vec<BlockInfo>,
+        /// Its slots.
+        slots: Vec<Slot>,
+    },
+    /// A read-only descriptor of the block's memory came with this message; the block starts at `offset` bytes of it.
+    Block {
+        /// Where the block starts in the file.
+        offset: u64,
+    },
+    /// After a harvest.
+    Harvested {
+        /// The layout in force.
+        generation: Generation,
+        /// Pages that can be leased.
+        dirty_pages: u64,
+    },
+    /// A lease, or none.
+    Leased(Option<LeaseMessage>),
+    /// State of devices and vCPUs.
+    State(Vec<u8>),
+    /// A number.
+    Number(u64),
+    /// Done.
+    Done,
+    /// Not done.
+    Error(String),
+}
+
+/// A lease, as it travels.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LeaseMessage {
+    /// Its number.
+    pub id: u64,
+    /// The layout under which it was taken.
+    pub generation: Generation,
+    /// Its pages.
+    pub extents: Vec<Extent>,
+}
+
+fn invalid(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}
+
+fn send<const LIMIT: usize>(
+    stream: &mut UnixStream,
+    message: &impl Serialize,
+    fd: Option<&OwnedFd>,
+) -> io::Result<()> {
+    let bytes = codec::encode::<LIMIT>(message).map_err(invalid)?;
+    let length = u32::try_from(bytes.len()).map_err(|_| invalid("message too long"))?;
+    if bytes.len() > LIMIT {
+        return Err(invalid(format!(
+            "message of {length} bytes is longer than {LIMIT}"
+        )));
+    }
+    let header = length.to_le_bytes();
+    match fd {
+        Some(fd) => {
+            let sent = stream
+                .send_with_fd(&header[..], fd.as_fd().as_raw_fd())
+                .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+            stream.write_all(&header[sent..])?;
+        }
+        None => stream.write_all(&header)?,
+    }
+    stream.write_all(&bytes)
+}
+
+/// `None` at the end of the stream between two messages.
+fn receive<const LIMIT: usize, T: DeserializeOwned>(
+    stream: &mut UnixStream,
+) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+    let mut header = [0; 4];
+    let (got, file) = loop {
+        match stream.recv_with_fd(&mut header) {
+            Ok(got) => break got,
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(io::Error::from_raw_os_error(error.errno())),
+        }
+    };
+    if got == 0 {
+        return Ok(None);
+    }
+    stream.read_exact(&mut header[got..])?;
+    let length = u32::from_le_bytes(header) as usize;
+    if length > LIMIT {
+        return Err(invalid(format!(
+            "message of {length} bytes is longer than {LIMIT}"
+        )));
+    }
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes)?;
+    let message = codec::decode::<LIMIT, T>(&bytes).map_err(invalid)?;
+    Ok(Some((message, file.map(OwnedFd::from))))
+}
+
+pub fn send_request(stream: &mut UnixStream, request: &Request) -> io::Result<()> {
+    send::<REQUEST_LIMIT>(stream, request, None)
+}
+
+pub fn receive_request(stream: &mut UnixStream) -> io::Result<Option<Request>> {
+    Ok(receive::<REQUEST_LIMIT, _>(stream)?.map(|(request, _)| request))
+}
+
+pub fn send_response(
+    stream: &mut UnixStream,
+    response: &Response,
+    fd: Option<&OwnedFd>,
+) -> io::Result<()> {
+    send::<RESPONSE_LIMIT>(stream, response, fd)
+}
+
+pub fn receive_response(stream: &mut UnixStream) -> io::Result<(Response, Option<OwnedFd>)> {
+    receive::<RESPONSE_LIMIT, _>(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}

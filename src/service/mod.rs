@@ -1,0 +1,25 @@
+//! The service: a tracker on a Unix socket, for a migration agent in another process.
+//!
+//! The socket is only for the user who runs the service (mode 0600, the peer's uid checked), and one agent at a time talks
+//! to it. RAM is handed over as read-only file descriptors; page numbers only as leases, whose pages are armed again
+//! already. The session is a machine without I/O ([`Session`]), the socket a shell around it.
+//!
+//! ```text
+//!            hello                    stop                    relinquish
+//!   Idle ------------> Migrating ------------> Stopped ------------------> Committing ----> Complete
+//!    ^                     |        resume        |                           |   |  complete
+//!    +---------------------+<---------------------+                           |   |
+//!    |  the agent hangs up: leases fall back, the guest runs on               |   | the agent hangs up: in doubt,
+//!    +------------------------------------------------------------------------+   | the guest stays stopped
+//!              resume, by the agent or by one that asks again                     +--> hello again, with the same id
+//! ```
+
+mod client;
+mod message;
+mod server;
+mod session;
+
+pub use client::{Attach, ServiceClient};
+pub use message::{Request, Response, VERSION};
+pub use server::Service;
+pub use session::{Reply, Session, SessionSource};

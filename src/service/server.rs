@@ -1,0 +1,159 @@
+//! The socket around the session.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use gleaner_migrate::{Address, Listener, Stream};
+use rustix::net::sockopt::socket_peercred;
+
+use super::message::{Response, receive_request, send_response};
+use super::session::Session;
+use crate::{Error, Hooks, LocalSource, Result, Tracker};
+
+/// A tracker's service on a Unix socket. Dropping it removes the socket and hangs up on the agent.
+#[derive(Debug)]
+pub struct Service {
+    path: PathBuf,
+    ended: Arc<AtomicBool>,
+    /// The connection that is being served.
+    current: Arc<Mutex<Option<UnixStream>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Service {
+    /// Serves `tracker` at `path`; `hooks` are asked for at the start of each attempt.
+    ///
+    /// # Errors
+    /// [`Error::Migrate`] when the path is in use by another service or can't be bound; [`Error::Thread`].
+    pub fn serve(
+        tracker: &Tracker,
+        path: &Path,
+        mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
+    ) -> Result<Self> {
+        let listener = Listener::bind(&Address::Unix(path.to_path_buf()))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|source| {
+            Error::Socket {
+                path: path.to_path_buf(),
+                source,
+            }
+        })?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let current = Arc::new(Mutex::new(None));
+        let tracker = tracker.clone();
+        let session = Session::new(move || LocalSource::new(&tracker, hooks()));
+        let (stop, slot) = (Arc::clone(&ended), Arc::clone(&current));
+        let thread = std::thread::Builder::new()
+            .name("service".into())
+            .spawn(move || accept(&listener, session, &stop, &slot))
+            .map_err(|source| Error::Thread {
+                name: "service",
+                source,
+            })?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            ended,
+            current,
+            thread: Some(thread),
+        })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Serves one agent after the other. Another one that comes meanwhile is told so by a thread of its own.
+fn accept<F>(
+    listener: &Listener,
+    session: Session<LocalSource, F>,
+    ended: &AtomicBool,
+    current: &Mutex<Option<UnixStream>>,
+) where
+    F: FnMut() -> Result<LocalSource> + Send,
+{
+    let session = Mutex::new(session);
+    std::thread::scope(|scope| {
+        while !ended.load(Ordering::SeqCst) {
+            let stream = match listener.accept() {
+                Ok(Stream::Unix(stream)) => stream,
+                Ok(_) => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "service socket");
+                    return;
+                }
+            };
+            if ended.load(Ordering::SeqCst) {
+                return;
+            }
+            let session = &session;
+            scope.spawn(move || {
+                if let Err(error) = connection(stream, session, current) {
+                    tracing::info!(%error, "agent");
+                }
+            });
+        }
+    });
+}
+
+fn connection<F>(
+    mut stream: UnixStream,
+    session: &Mutex<Session<LocalSource, F>>,
+    current: &Mutex<Option<UnixStream>>,
+) -> io::Result<()>
+where
+    F: FnMut() -> Result<LocalSource>,
+{
+    let peer = socket_peercred(&stream)?;
+    let me = rustix::process::geteuid();
+    if peer.uid != me && !peer.uid.is_root() {
+        let text = format!(
+            "user {} may not use the service of user {}",
+            peer.uid.as_raw(),
+            me.as_raw()
+        );
+        return send_response(&mut stream, &Response::Error(text), None);
+    }
+    let Ok(mut session) = session.try_lock() else {
+        let text = "another agent is attached: wait until it has finished, or end it".into();
+        return send_response(&mut stream, &Response::Error(text), None);
+    };
+    *lock(current) = Some(stream.try_clone()?);
+    let outcome = (|| {
+        while let Some(request) = receive_request(&mut stream)? {
+            tracing::debug!(?request, "agent");
+            let reply = session.handle(request);
+            send_response(&mut stream, &reply.response, reply.fd.as_ref())?;
+        }
+        Ok(())
+    })();
+    session.hang_up();
+    *lock(current) = None;
+    outcome
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::SeqCst);
+        if let Some(stream) = lock(&self.current).take() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        // The accepting thread looks at the flag when somebody comes.
+        let _ = UnixStream::connect(&self.path);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
