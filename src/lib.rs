@@ -10,9 +10,14 @@
 //! ```
 
 mod block;
+#[cfg(feature = "cli")]
+pub mod cli;
+mod codec;
 mod error;
 mod external;
 pub mod gate;
+pub mod service;
+mod source;
 mod tracker;
 mod vhost_log;
 #[cfg(feature = "reference-vmm")]
@@ -24,9 +29,10 @@ pub use error::{Error, Result};
 pub use external::ExternalLog;
 pub use gleaner_bitmap::{
     BlockId, BlockInfo, Collected, Extent, Generation, HarvestReport, Layout, PAGE_SIZE,
-    PageBitmap, PageRange, Slot, SlotKey, Start, WriteLog,
+    PageBitmap, PageRange, Slot, SlotKey, Start, WriteLog, WriteLogSlice,
 };
 pub use gleaner_ring::{Capabilities, Mode, Tracking};
+pub use source::{Hooks, LocalSource};
 pub use tracker::{
     Blackout, Consumer, Leased, StoppedGuest, Tracker, TrackerBuilder, Transaction,
     TransactionReport,

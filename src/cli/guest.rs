@@ -1,0 +1,72 @@
+//! `gleaner guest`: a reference guest with the service.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use gleaner_migrate::CancelToken;
+
+use super::Failure;
+use super::options::{GuestOptions, cancel_on_signal};
+use super::output::Output;
+use crate::service::Service;
+use crate::vmm::{Machine, MachineStatus};
+
+/// How often the machine's status is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The command's options.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example: gleaner guest --control /tmp/g.sock --ram 1G --workload hot:64M --churn 100\n\nAfter the guest has migrated away it stays stopped, its RAM file untouched. Ctrl-C ends it."
+)]
+pub struct Guest {
+    /// Socket of the service.
+    #[arg(long, value_name = "PATH")]
+    pub control: PathBuf,
+    #[command(flatten)]
+    pub guest: GuestOptions,
+}
+
+impl Guest {
+    /// Runs the guest until it is ended.
+    pub fn run(self) -> Result<ExitCode, Failure> {
+        let output = Output { json: false };
+        let mut machine = Machine::new(&self.guest.machine(None)).map_err(output.failure())?;
+        let cancel = CancelToken::new();
+        cancel_on_signal(&cancel).map_err(output.failure())?;
+        let hooks = machine.hooks_factory();
+        let service =
+            Service::serve(machine.tracker(), &self.control, hooks).map_err(output.failure())?;
+        machine.start();
+        eprintln!(
+            "gleaner: guest runs with {} tracking, service at {}",
+            machine.tracker().mode(),
+            service.path().display()
+        );
+        watch(&machine, &cancel).map_err(output.failure())?;
+        drop(service);
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Returns when the user wants an end; an error when the guest failed.
+pub fn watch(machine: &Machine, cancel: &CancelToken) -> Result<(), String> {
+    let mut said = MachineStatus::Running;
+    while !cancel.is_cancelled() {
+        let status = machine.status();
+        if status != said {
+            match &status {
+                MachineStatus::Running => {}
+                MachineStatus::MigratedAway => {
+                    eprintln!("gleaner: the guest has migrated away, it stays stopped here")
+                }
+                MachineStatus::Failed(reason) => return Err(reason.clone()),
+            }
+            said = status;
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! The command line: what it takes, and who does it.
+
+mod demo;
+mod guest;
+mod options;
+mod output;
+mod receive;
+mod send;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use output::Output;
+
+/// Follows every page a KVM guest dirties, through any change of its memory slots, and migrates it live.
+#[derive(Debug, Parser)]
+#[command(
+    name = "gleaner",
+    version,
+    after_help = "Example: gleaner demo --tracking ring --transactions 1000\n\nExit status: 0 done; 1 failed, the reason on standard error; 2 usage."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Log what happens inside to standard error, as RUST_LOG says (`debug`, `gleaner=trace`).
+    #[arg(long, global = true, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// All of it on one machine: migrates a real guest while its memory slots change, and compares every page.
+    Demo(demo::Demo),
+    /// Runs a reference guest with the service, for `send` and for trying things out.
+    Guest(guest::Guest),
+    /// Migrates the guest of a service to a destination: the source-side agent.
+    Send(send::Send),
+    /// Receives a guest: the destination.
+    Receive(receive::Receive),
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = cli.log.unwrap_or_else(|| "error".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .init();
+    let outcome = match cli.command {
+        Command::Demo(demo) => demo.run(),
+        Command::Guest(guest) => guest.run(),
+        Command::Send(send) => send.run(),
+        Command::Receive(receive) => receive.run(),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// Why a command ended before it had anything to report.
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    output: Output,
+}
+
+impl Failure {
+    fn report(&self) -> ExitCode {
+        self.output.failed(&self.reason);
+        ExitCode::FAILURE
+    }
+}
+
+impl Output {
+    /// Turns an error into the failure that this output reports.
+    fn failure<E: std::fmt::Display>(self) -> impl Fn(E) -> Failure {
+        move |error| Failure {
+            reason: error.to_string(),
+            output: self,
+        }
+    }
+}

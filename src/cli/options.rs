@@ -1,0 +1,121 @@
+//! Options that several commands take.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use gleaner_migrate::{CancelToken, MigrationId, OnTimeout, SenderOptions};
+
+use super::units;
+use crate::Tracking;
+use crate::vmm::MachineConfig;
+use crate::vmm::churn::{ChurnConfig, Kind};
+use crate::vmm::guest::Workload;
+
+/// The guest.
+#[derive(Clone, Debug, Args)]
+pub struct GuestOptions {
+    /// RAM in bytes (K, M, G), 4M to 16G.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = units::size)]
+    pub ram: u64,
+    /// Number of vCPUs, 1 to 16.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub vcpus: usize,
+    /// Keep RAM in this file: shared, exactly --ram bytes, made when it is missing.
+    #[arg(long, value_name = "PATH")]
+    pub ram_file: Option<PathBuf>,
+    /// How dirty pages are tracked: auto, bitmap, bitmap-clear or ring.
+    #[arg(long, default_value = "auto")]
+    pub tracking: Tracking,
+    /// What the guest writes: idle, sweep, random or hot:SIZE.
+    #[arg(long, default_value = "random")]
+    pub workload: Workload,
+    /// Pages a second that it writes at most; as many as it can unless given.
+    #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u64).range(1..))]
+    pub write_rate: Option<u64>,
+    /// Slot transactions a second, or max.
+    #[arg(long, value_name = "RATE", value_parser = units::churn)]
+    pub churn: Option<units::Churn>,
+    /// Kinds of slot transactions: hole, fill, split, merge, move, flags, remap, hotplug. All unless given.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub churn_kinds: Vec<Kind>,
+    /// Seed of everything random.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+}
+
+impl GuestOptions {
+    /// The machine that is asked for; `churn` where none is.
+    pub fn machine(&self, churn: Option<units::Churn>) -> MachineConfig {
+        let kinds = if self.churn_kinds.is_empty() {
+            Kind::ALL.to_vec()
+        } else {
+            self.churn_kinds.clone()
+        };
+        MachineConfig {
+            ram: self.ram,
+            vcpus: self.vcpus,
+            ram_file: self.ram_file.clone(),
+            tracking: self.tracking,
+            workload: self.workload,
+            write_rate: self.write_rate,
+            churn: self.churn.or(churn).map(|rate| ChurnConfig {
+                rate: rate.0,
+                kinds,
+                seed: self.seed,
+            }),
+            seed: self.seed,
+        }
+    }
+}
+
+/// How a migration shall be.
+#[derive(Clone, Debug, Args)]
+pub struct MigrationOptions {
+    /// The most downtime that a switchover is begun with (300ms, 2s).
+    #[arg(long, value_name = "D", default_value = "300ms", value_parser = units::duration)]
+    pub downtime_limit: Duration,
+    /// The most bytes a second (K, M, G).
+    #[arg(long, value_name = "RATE", value_parser = units::size)]
+    pub bandwidth_limit: Option<u64>,
+    /// The most time in total (30s).
+    #[arg(long, value_name = "D", value_parser = units::duration)]
+    pub timeout: Option<Duration>,
+    /// What happens when it is over.
+    #[arg(long, value_enum, default_value_t = AtTimeout::Cancel)]
+    pub on_timeout: AtTimeout,
+}
+
+/// What happens when the time is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum AtTimeout {
+    /// The guest runs on at the source.
+    Cancel,
+    /// The guest is moved, whatever the downtime.
+    Switchover,
+}
+
+impl MigrationOptions {
+    /// A sender's options, progress on standard error.
+    pub fn sender(&self, id: MigrationId, cancel: CancelToken) -> SenderOptions {
+        SenderOptions {
+            name: format!("gleaner {}", env!("CARGO_PKG_VERSION")),
+            downtime_limit: self.downtime_limit,
+            timeout: self.timeout,
+            on_timeout: match self.on_timeout {
+                AtTimeout::Cancel => OnTimeout::Cancel,
+                AtTimeout::Switchover => OnTimeout::Switchover,
+            },
+            bandwidth_limit: self.bandwidth_limit,
+            cancel,
+            on_progress: Some(Box::new(super::output::progress)),
+            ..SenderOptions::new(id)
+        }
+    }
+}
+
+/// Lets Ctrl-C, SIGTERM and SIGHUP call `cancel` off.
+pub fn cancel_on_signal(cancel: &CancelToken) -> Result<(), ctrlc::Error> {
+    let cancel = cancel.clone();
+    ctrlc::set_handler(move || cancel.cancel())
+}

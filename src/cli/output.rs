@@ -1,0 +1,51 @@
+//! What goes to standard output and standard error.
+
+use gleaner_migrate::Progress;
+use serde::Serialize;
+use serde_json::json;
+
+/// Where a command says what. With JSON, standard output gets one object and nothing else.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    pub json: bool,
+}
+
+impl Output {
+    /// The command's one result.
+    pub fn result(self, object: &impl Serialize, text: impl FnOnce() -> String) {
+        if self.json {
+            match serde_json::to_string(object) {
+                Ok(line) => println!("{line}"),
+                Err(error) => eprintln!("gleaner: the result can't be written as JSON: {error}"),
+            }
+        } else {
+            println!("{}", text());
+        }
+    }
+
+    /// The command failed before it had a result.
+    pub fn failed(self, reason: &str) {
+        eprintln!("gleaner: {reason}");
+        if self.json {
+            println!("{}", json!({"status": "failed", "reason": reason}));
+        }
+    }
+}
+
+/// One line for a round.
+pub fn progress(p: &Progress) {
+    let forecast = p
+        .forecast_downtime_ms
+        .map_or_else(|| "unknown".into(), |ms| format!("{ms:.0} ms"));
+    eprintln!(
+        "round {}: {} pages and {} zero pages in {:.0} ms ({:.2} GB/s), {} left, dirtied at {:.0} pages/s, downtime {forecast}: {}",
+        p.round,
+        p.pages_sent,
+        p.zero_pages,
+        p.duration_ms,
+        p.rate_bytes_per_second / 1e9,
+        p.remaining_pages,
+        p.dirty_pages_per_second,
+        p.reason
+    );
+}

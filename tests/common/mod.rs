@@ -1,0 +1,122 @@
+//! What the tests share: a machine, and a copy of its memory as a destination would hold it.
+#![allow(dead_code)] // each test uses its own part
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // test code on a 64-bit host
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use gleaner::vmm::guest::Workload;
+use gleaner::vmm::{Machine, MachineConfig};
+use gleaner::{Block, BlockId, Consumer, Extent, PAGE_SIZE, Tracker, Tracking};
+use vm_memory::{Bytes, VolatileMemory};
+
+/// The tracking modes that KVM has.
+pub const MODES: [(&str, Tracking); 3] = [
+    ("bitmap", Tracking::Bitmap),
+    ("bitmap-clear", Tracking::BitmapClear),
+    ("ring", Tracking::RING),
+];
+
+/// Whether KVM can be used; if not, one visible line says why.
+pub fn kvm() -> bool {
+    match kvm_ioctls::Kvm::new() {
+        Ok(_) => true,
+        Err(error) => {
+            // Not by `println`, which the test harness swallows.
+            let line = format!(
+                "skipped: /dev/kvm: {}\n",
+                std::io::Error::from_raw_os_error(error.errno())
+            );
+            let _ = std::io::stderr().write_all(line.as_bytes());
+            false
+        }
+    }
+}
+
+/// A small machine whose vCPUs write as fast as they can.
+pub fn machine(tracking: Tracking, ram: u64, workload: Workload, seed: u64) -> Machine {
+    Machine::new(&MachineConfig {
+        ram,
+        vcpus: 2,
+        ram_file: None,
+        tracking,
+        workload,
+        write_rate: None,
+        churn: None,
+        seed,
+    })
+    .unwrap()
+}
+
+/// Bytes of some pages of a block.
+fn read(block: &Block, extent: Extent) -> Vec<u8> {
+    let mut bytes = vec![0; (extent.range.pages * PAGE_SIZE) as usize];
+    let at = (extent.range.first * PAGE_SIZE) as usize;
+    block
+        .memory()
+        .as_volatile_slice()
+        .read_slice(&mut bytes, at)
+        .unwrap();
+    bytes
+}
+
+/// A destination's copy of all blocks: what a consumer's leases brought, and nothing else.
+#[derive(Default)]
+pub struct Copy {
+    blocks: BTreeMap<BlockId, Vec<u8>>,
+    pub pages: u64,
+}
+
+impl Copy {
+    /// Copies every page that the consumer can lease.
+    pub fn drain(&mut self, consumer: &Consumer) {
+        while let Some(lease) = consumer.lease(1 << 14) {
+            for (extent, block) in lease.parts() {
+                let copy = self
+                    .blocks
+                    .entry(extent.block)
+                    .or_insert_with(|| vec![0xee; (block.info().pages * PAGE_SIZE) as usize]);
+                let at = (extent.range.first * PAGE_SIZE) as usize;
+                let bytes = read(block, *extent);
+                copy[at..at + bytes.len()].copy_from_slice(&bytes);
+                self.pages += extent.range.pages;
+            }
+            lease.ack();
+        }
+    }
+
+    /// Pages of the layout's blocks that differ from the copy.
+    pub fn differing(&self, tracker: &Tracker) -> Vec<(BlockId, u64)> {
+        let layout = tracker.layout();
+        let mut bad = Vec::new();
+        for info in layout.blocks() {
+            let block = tracker.block(info.id).unwrap();
+            let now = read(&block, block.extent(info.all()));
+            let page = PAGE_SIZE as usize;
+            match self.blocks.get(&info.id) {
+                None => bad.extend((0..info.pages).map(|p| (info.id, p))),
+                Some(copy) => bad.extend(
+                    (0..info.pages)
+                        .filter(|p| {
+                            let at = *p as usize * page;
+                            copy[at..at + page] != now[at..at + page]
+                        })
+                        .map(|p| (info.id, p)),
+                ),
+            }
+        }
+        bad
+    }
+}
+
+/// A small generator: tests name their seed.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
