@@ -1,4 +1,4 @@
-//! Dirty-page tracking for KVM that follows every page through any change of memory slots.
+//! Dirty-page tracking for KVM that follows every page through any change of memory slots, and feeds a live migration.
 //!
 //! ```text
 //! tracker.harvest()        collect from every dirty source, re-arm, publish into the store
@@ -8,6 +8,41 @@
 //! lease.ack()              applied at the destination; a dropped lease falls back
 //! tracker.stop()           nothing writes guest memory any more: the switchover
 //! ```
+//!
+//! # The way of a dirty bit
+//!
+//! ```text
+//!  vCPUs, VMM, devices write
+//!         |
+//!   dirty sources        KVM bitmap | KVM bitmap + CLEAR | KVM rings | WriteLog | ExternalLog
+//!         |  harvest = collect, re-arm, publish       (one VM-wide lock covers all three, and whole transactions)
+//!         v
+//!   dirty store          keyed by (block, page): a slot may come and go, the bit stays
+//!         |  a lease for each consumer; ack = applied at the destination
+//!    +----+--------+-----------+
+//!  sender     rate meter    snapshot
+//! ```
+//!
+//! # Laws
+//!
+//! 1. **Conservation.** Every page that is dirty before a transaction, or harvested in it, is dirty after it, except pages of a
+//!    block that the same transaction removed ([`TransactionReport::retired`]). What no slot maps any more stays dirty in its
+//!    block.
+//! 2. **Precision.** A transaction makes no page dirty beyond new memory and what KVM reports.
+//! 3. **Re-arm before read.** Page numbers come out of the store alone, as a [`Leased`]; a bit gets into the store only after
+//!    its source was re-armed for it (the `Harvester` of `gleaner-bitmap`).
+//! 4. **Each dirtying is in exactly one of: source, store, lease, acknowledged.** An ack never touches the store; a page on
+//!    lease is not leased again to the same consumer.
+//! 5. **Generations.** A bit is interpreted by the layout it was recorded under: all rings are drained and reset before a
+//!    layout changes.
+//! 6. **Failure.** After any error its value says what state things are in; tracker and KVM agree, no bit is gone, and the vCPUs
+//!    run again, unless the error says otherwise ([`Error::RollbackFailed`]).
+//!
+//! # Where things are
+//!
+//! [`Tracker`] and its [`Transaction`]s; the [`gate`] that vCPU threads pass; [`LocalSource`], which a
+//! [`migrate::Sender`] drives in this process, and the [`service`], through which an agent in another process does; `vmm`, the
+//! reference VMM.
 
 mod block;
 #[cfg(feature = "cli")]
@@ -31,6 +66,7 @@ pub use gleaner_bitmap::{
     BlockId, BlockInfo, Collected, Extent, Generation, HarvestReport, Layout, PAGE_SIZE,
     PageBitmap, PageRange, Slot, SlotKey, Start, WriteLog, WriteLogSlice,
 };
+pub use gleaner_migrate as migrate;
 pub use gleaner_ring::{Capabilities, Mode, Tracking};
 pub use source::{Hooks, LocalSource};
 pub use tracker::{
@@ -39,3 +75,8 @@ pub use tracker::{
 };
 pub use vhost_log::{VhostBackend, VhostLog};
 pub use writers::{QuietWriters, Writers, Writing};
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
