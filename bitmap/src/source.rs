@@ -180,9 +180,18 @@ pub struct HarvestReport {
 #[derive(Debug, Default)]
 pub struct Harvester {
     staged: Collected,
+    #[cfg(feature = "mutants")]
+    late: bool,
 }
 
 impl Harvester {
+    /// Plants a bug, for the project's own tests: what a harvest collects is published at once and re-armed only when
+    /// the next one begins.
+    #[cfg(feature = "mutants")]
+    pub const fn rearm_late(&mut self, late: bool) {
+        self.late = late;
+    }
+
     /// Makes room for a block. Bits of blocks it was not told of are refused.
     pub fn add_block(&mut self, block: BlockId, pages: u64) {
         self.staged.blocks.entry(block).or_insert_with(|| Staging {
@@ -235,6 +244,15 @@ impl Harvester {
         scope: Scope<'_>,
     ) -> Result<()> {
         let mut sources: Vec<_> = sources.into_iter().collect();
+        #[cfg(feature = "mutants")]
+        if self.late {
+            for source in &mut sources {
+                // The slots may be gone by now; the bug is not to stop the guest, only to lose its pages.
+                drop(source.rearm());
+                source.collect(layout, scope, &mut self.staged)?;
+            }
+            return Ok(());
+        }
         for source in &mut sources {
             source.collect(layout, scope, &mut self.staged)?;
         }

@@ -19,6 +19,23 @@ pub struct TrackerBuilder {
     tracking: Tracking,
     kick_signal: i32,
     pool: Option<Arc<rayon::ThreadPool>>,
+    #[cfg(feature = "mutants")]
+    between: Between,
+}
+
+/// Who stands between the tracker and KVM.
+#[cfg(feature = "mutants")]
+#[derive(Default)]
+struct Between(Option<Insert>);
+
+#[cfg(feature = "mutants")]
+type Insert = Box<dyn FnOnce(Arc<dyn Kvm>) -> Arc<dyn Kvm> + Send>;
+
+#[cfg(feature = "mutants")]
+impl std::fmt::Debug for Between {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Between").field(&self.0.is_some()).finish()
+    }
 }
 
 impl Tracker {
@@ -30,6 +47,8 @@ impl Tracker {
             tracking: Tracking::Auto,
             kick_signal: libc::SIGRTMIN(),
             pool: None,
+            #[cfg(feature = "mutants")]
+            between: Between::default(),
         }
     }
 }
@@ -57,6 +76,17 @@ impl TrackerBuilder {
         self
     }
 
+    /// Lets `between` stand between the tracker and KVM, for the project's own tests: calls that fail, or lie.
+    #[cfg(feature = "mutants")]
+    #[must_use]
+    pub fn between(
+        mut self,
+        between: impl FnOnce(Arc<dyn Kvm>) -> Arc<dyn Kvm> + Send + 'static,
+    ) -> Self {
+        self.between = Between(Some(Box::new(between)));
+        self
+    }
+
     /// Builds the tracker: settles the mode and enables what it needs.
     ///
     /// # Errors
@@ -66,6 +96,11 @@ impl TrackerBuilder {
         let capabilities = Capabilities::query(&self.vm);
         let mode = capabilities.enable(&self.vm, self.tracking)?;
         let kvm: Arc<dyn Kvm> = Arc::new(StockKvm::new(self.vm));
+        #[cfg(feature = "mutants")]
+        let kvm = match self.between.0 {
+            Some(between) => between(kvm),
+            None => kvm,
+        };
         Self::assemble(kvm, mode, capabilities, self.kick_signal, self.pool)
     }
 
@@ -91,6 +126,7 @@ impl TrackerBuilder {
             pool,
             reaper: Arc::new(Reaper::default()),
             transactions: AtomicU64::new(0),
+            planted: super::fault::Planted::default(),
             state: Mutex::new(State {
                 layout: Arc::new(Layout::empty(capabilities.slot_limit)),
                 blocks: BTreeMap::new(),

@@ -5,6 +5,7 @@
 
 mod builder;
 mod consumer;
+mod fault;
 mod harvest;
 mod logging;
 mod plan;
@@ -24,6 +25,8 @@ use kvm_ioctls::VcpuFd;
 
 pub use builder::TrackerBuilder;
 pub use consumer::{Consumer, Leased};
+#[cfg(feature = "mutants")]
+pub use fault::Fault;
 pub use report::{Blackout, TransactionReport};
 pub use transaction::Transaction;
 
@@ -63,6 +66,7 @@ struct Shared {
     pool: Option<Arc<rayon::ThreadPool>>,
     reaper: Arc<Reaper>,
     transactions: AtomicU64,
+    planted: fault::Planted,
     state: Mutex<State>,
 }
 
@@ -113,6 +117,14 @@ impl Tracker {
     /// Transactions committed so far.
     pub fn transactions(&self) -> u64 {
         self.0.transactions.load(Ordering::Relaxed)
+    }
+
+    /// Plants a bug, or takes it out again, for the project's own tests.
+    #[cfg(feature = "mutants")]
+    pub fn plant(&self, fault: Option<Fault>) {
+        let mut state = self.0.lock();
+        self.0.planted.set(fault);
+        state.harvester.rearm_late(fault == Some(Fault::RearmLate));
     }
 
     /// The gate that vCPU threads pass.

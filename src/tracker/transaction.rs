@@ -11,7 +11,7 @@ use gleaner_bitmap::{
 use gleaner_ring::{Kvm, MemslotCall, Region};
 use vm_memory::GuestAddress;
 
-use super::{Blackout, Shared, State, TransactionReport, plan::plan};
+use super::{Blackout, Shared, State, TransactionReport, fault::Fault, plan::plan};
 use crate::gate::Closed;
 use crate::{Block, Error, Result};
 
@@ -246,12 +246,17 @@ impl Shared {
             list_swaps: calls.iter().map(MemslotCall::list_swaps).sum(),
             ..TransactionReport::default()
         };
-        if state.logging && !going.is_empty() {
+        let left_out = self.planted.is(Fault::HarvestLeftOut);
+        if state.logging && !going.is_empty() && !left_out {
             report.harvested += self.harvest_ahead(state, Scope::Slots(&going))?.pages;
         }
         // 2. to 5.: the guest stands still.
         let start = Instant::now();
-        let closed = self.gate.close()?;
+        let closed = if self.planted.is(Fault::GateOpen) {
+            self.gate.pretend_closed()
+        } else {
+            self.gate.close()?
+        };
         report.blackout.kick = start.elapsed();
         match self.change_closed(state, new, &calls, &going, &closed, &mut report.blackout) {
             Ok(harvested) => report.harvested += harvested,
@@ -336,9 +341,12 @@ impl Shared {
         blackout: &mut Blackout,
     ) -> Result<u64> {
         let start = Instant::now();
-        let harvested = self
-            .harvest_closed(state, Scope::Slots(going), closed)?
-            .pages;
+        let harvested = if self.planted.is(Fault::HarvestLeftOut) {
+            0
+        } else {
+            self.harvest_closed(state, Scope::Slots(going), closed)?
+                .pages
+        };
         blackout.harvest = start.elapsed();
         let start = Instant::now();
         apply(&*self.kvm, calls)?;

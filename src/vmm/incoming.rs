@@ -122,7 +122,7 @@ impl IncomingMachine {
             .iter()
             .map(|bytes| VcpuState::from_bytes(bytes))
             .collect::<std::result::Result<_, _>>()?;
-        let (kvm, vm, tracker) = open_vm(tracking)?;
+        let (kvm, vm, tracker) = open_vm(tracking, |builder| builder)?;
         let mut tx = tracker.transaction();
         for block in self.blocks.values() {
             tx.add_block(block);

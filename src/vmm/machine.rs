@@ -19,7 +19,7 @@ use super::guest::{CheckResult, Guest, GuestError, HOME, Mailbox, MemoryMap, Wor
 use super::vcpu;
 use crate::codec;
 use crate::gate::StoppedVcpus;
-use crate::{Block, Hooks, StoppedGuest, Tracker, Tracking, WriteLogSlice};
+use crate::{Block, Hooks, StoppedGuest, Tracker, TrackerBuilder, Tracking, WriteLogSlice};
 
 /// What can go wrong in the reference VMM.
 #[derive(Debug, thiserror::Error)]
@@ -206,13 +206,14 @@ fn ram_file(path: &PathBuf, bytes: u64) -> Result<File, MachineError> {
 }
 
 /// A VM and its tracker.
-pub(super) fn open_vm(tracking: Tracking) -> Result<(Kvm, Arc<VmFd>, Tracker), MachineError> {
+pub(super) fn open_vm(
+    tracking: Tracking,
+    adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
+) -> Result<(Kvm, Arc<VmFd>, Tracker), MachineError> {
     let os = |e: kvm_ioctls::Error| MachineError::Kvm(io::Error::from_raw_os_error(e.errno()));
     let kvm = Kvm::new().map_err(os)?;
     let vm = Arc::new(kvm.create_vm().map_err(os)?);
-    let tracker = Tracker::builder(Arc::clone(&vm))
-        .tracking(tracking)
-        .build()?;
+    let tracker = adjust(Tracker::builder(Arc::clone(&vm)).tracking(tracking)).build()?;
     Ok((kvm, vm, tracker))
 }
 
@@ -222,12 +223,23 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
     pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
+        Self::with_tracker(config, |builder| builder)
+    }
+
+    /// A new machine, whose tracker is built as `adjust` says.
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing is left behind.
+    pub fn with_tracker(
+        config: &MachineConfig,
+        adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
+    ) -> Result<Self, MachineError> {
         let map = MemoryMap::new(config.ram, config.vcpus)?;
         let ram = match &config.ram_file {
             None => Block::memfd(RAM, config.ram)?,
             Some(path) => Block::file(RAM, ram_file(path, config.ram)?, config.ram)?,
         };
-        let (kvm, vm, tracker) = open_vm(config.tracking)?;
+        let (kvm, vm, tracker) = open_vm(config.tracking, adjust)?;
         // Many writes for an exit when nothing paces them, few when something does.
         let batch = match config.write_rate {
             None => 4096,

@@ -1,6 +1,5 @@
 //! What the tests share: a machine, and a copy of its memory as a destination would hold it.
-#![allow(dead_code)] // each test uses its own part
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // test code on a 64-bit host
+#![allow(dead_code, clippy::unwrap_used)] // each test uses its own part; a failure here is the test's
 
 use std::collections::BTreeMap;
 use std::io::Write;
