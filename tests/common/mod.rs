@@ -1,5 +1,7 @@
 //! What the tests share: a machine, and a copy of its memory as a destination would hold it.
-#![allow(dead_code, clippy::unwrap_used)] // each test uses its own part; a failure here is the test's
+#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests, each of which uses its own part
+
+pub mod hand;
 
 use std::collections::BTreeMap;
 use std::io::Write;
