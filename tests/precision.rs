@@ -4,72 +4,12 @@
 
 mod common;
 
+use common::changes::{CHANGES, PAGES, change, warm};
 use common::hand::{BASE, Hand, gpa, leased, pages};
 use common::{MODES, kvm};
-use gleaner::{Block, BlockId, PAGE_SIZE, PageRange, SlotKey, Start, Tracker, Transaction};
+use gleaner::{Block, BlockId, PAGE_SIZE, Start};
 use std::collections::BTreeSet;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
-
-/// Pages of the block that is mapped from [`BASE`] on.
-const PAGES: u64 = 200;
-
-/// What a transaction does, and its name.
-type Change = (&'static str, fn(&mut Transaction<'_>, &Block));
-
-/// Transactions of every kind, each possible after those before it.
-const CHANGES: [Change; 12] = [
-    ("split", |tx, _| {
-        tx.split(1, 77, 2);
-    }),
-    ("punch", |tx, _| {
-        tx.punch(2, PageRange::new(13, 9), 3);
-    }),
-    ("fill", |tx, block| {
-        tx.create(4, gpa(90), block.extent(PageRange::new(90, 9)));
-    }),
-    ("merge", |tx, _| {
-        tx.merge(2, 4).merge(2, 3);
-    }),
-    ("move", |tx, _| {
-        tx.move_to(2, gpa(1000));
-    }),
-    ("swap", |tx, _| {
-        tx.move_to(2, gpa(0)).move_to(1, gpa(123));
-    }),
-    ("readonly", |tx, _| {
-        tx.set_readonly(1, true);
-    }),
-    ("writable", |tx, _| {
-        tx.set_readonly(1, false);
-    }),
-    ("alias", |tx, block| {
-        tx.create(5, gpa(2000), block.extent(block.info().all()));
-    }),
-    ("resize", |tx, _| {
-        tx.resize(5, 65);
-    }),
-    ("delete", |tx, _| {
-        tx.delete(5);
-    }),
-    ("home again", |tx, block| {
-        tx.delete(1)
-            .delete(2)
-            .create(1, gpa(0), block.extent(block.info().all()));
-    }),
-];
-
-fn change(tracker: &Tracker, block: &Block, (name, change): Change) {
-    let mut tx = tracker.transaction();
-    change(&mut tx, block);
-    tx.commit().unwrap_or_else(|e| panic!("{name}: {e}"));
-}
-
-/// The guest writes every page, so that all of them are mapped.
-fn warm(hand: &mut Hand) -> Block {
-    let block = hand.plug("ram", PAGES, 1, gpa(0));
-    hand.write(gpa(0), PAGES, 1);
-    block
-}
 
 #[test]
 fn a_transaction_of_any_kind_makes_no_page_dirty() {
@@ -82,7 +22,7 @@ fn a_transaction_of_any_kind_makes_no_page_dirty() {
         // Right after the start of logging: with manual protection KVM's logs begin with all bits set.
         let consumer = hand.tracker.consumer(Start::Empty).unwrap();
         for kind in CHANGES {
-            change(&hand.tracker, &block, kind);
+            change(&hand.tracker, &block, kind).unwrap();
             assert_eq!(hand.glean(&consumer), BTreeSet::new(), "{mode}, {}", kind.0);
         }
         // A block comes, and goes.
@@ -115,7 +55,7 @@ fn pages_written_around_transactions_are_reported_and_no_others() {
                 hand.write(GuestAddress(slot.gpa + written * PAGE_SIZE), 1, step);
                 expected.insert((block.id(), slot.range.first + written));
                 if written % 2 == 0 {
-                    change(&hand.tracker, &block, kind);
+                    change(&hand.tracker, &block, kind).unwrap();
                 }
             }
             assert_eq!(hand.glean(&consumer), expected, "{mode}, {}", kind.0);
@@ -234,9 +174,9 @@ fn logging_ends_with_the_last_consumer_and_begins_with_the_next() {
         );
         hand.write(gpa(4), 1, 1);
         drop(second);
-        assert_eq!(logged(&hand), None, "{mode}: KVM still logs");
+        assert_eq!(hand.logged(), None, "{mode}: KVM still logs");
         hand.write(gpa(5), 1, 1);
-        change(&hand.tracker, &block, CHANGES[0]);
+        change(&hand.tracker, &block, CHANGES[0]).unwrap();
         hand.write(gpa(90), 1, 1);
         let third = hand.tracker.consumer(Start::Empty).unwrap();
         assert_eq!(
@@ -248,18 +188,6 @@ fn logging_ends_with_the_last_consumer_and_begins_with_the_next() {
         hand.write(gpa(91), 1, 1);
         assert_eq!(hand.glean(&third), pages(&block, [6, 91]), "{mode}");
     }
-}
-
-/// A slot that KVM logs, as KVM itself says it: only a logged slot has a bitmap to fetch. Rings have none at all.
-fn logged(hand: &Hand) -> Option<SlotKey> {
-    let layout = hand.tracker.layout();
-    layout
-        .slots()
-        .find(|s| {
-            let bytes = usize::try_from(s.range.pages * PAGE_SIZE).unwrap();
-            hand.vm.get_dirty_log(s.key.raw(), bytes).is_ok()
-        })
-        .map(|s| s.key)
 }
 
 #[test]

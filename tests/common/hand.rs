@@ -6,8 +6,8 @@ use std::sync::Arc;
 use gleaner::gate::{Seat, Turn};
 use gleaner::vmm::guest::{Guest, MemoryMap, Workload};
 use gleaner::{
-    Block, BlockId, Consumer, Extent, PAGE_SIZE, PageRange, Tracker, TrackerBuilder, Tracking,
-    TransactionReport,
+    Block, BlockId, Consumer, Extent, PAGE_SIZE, PageRange, SlotKey, Tracker, TrackerBuilder,
+    Tracking, TransactionReport,
 };
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -132,6 +132,21 @@ impl Hand {
     /// The guest loads from the start of so many pages from `first` on.
     pub fn read(&mut self, first: GuestAddress, pages: u64) {
         self.run(self.code + LOAD_AT, first, pages, 0);
+    }
+
+    /// Whether the gate lets the vCPU in.
+    pub fn may_run(&self) -> bool {
+        self.seat.pass()
+    }
+
+    /// A slot that KVM logs, as KVM itself says it: only a logged slot has a bitmap to fetch. Rings have none at all.
+    pub fn logged(&self) -> Option<SlotKey> {
+        let layout = self.tracker.layout();
+        let logged = layout.slots().find(|s| {
+            let bytes = usize::try_from(s.range.pages * PAGE_SIZE).unwrap();
+            self.vm.get_dirty_log(s.key.raw(), bytes).is_ok()
+        });
+        logged.map(|s| s.key)
     }
 
     /// Plugs a block in, whole, as a slot.

@@ -1,6 +1,8 @@
 //! What the tests share: a machine, and a copy of its memory as a destination would hold it.
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests, each of which uses its own part
 
+pub mod changes;
+pub mod faulty;
 pub mod hand;
 
 use std::collections::BTreeMap;
