@@ -148,7 +148,7 @@ impl Shared {
             return Ok(HarvestReport::default());
         };
         tracing::warn!("dirty rings could not be re-armed in full; switching the log off and on");
-        for region in self.logged_regions(state) {
+        for region in self.regions(state, state.logging) {
             let mut off = region.clone();
             off.log = false;
             let toggle = MemslotCall::Flags {

@@ -1,16 +1,16 @@
 //! Switching the dirty log on for the first consumer and off after the last.
 
-use gleaner_ring::{MemslotCall, Mode, Region};
+use gleaner_ring::{Mode, Region};
 
-use super::{Shared, State, transaction::apply};
+use super::{Shared, State};
 use crate::{Error, Result};
 
 impl Shared {
-    /// The slots as KVM knows them that carry the log flag now.
-    pub(super) fn logged_regions(&self, state: &State) -> Vec<Region> {
+    /// The slots that can be logged, as KVM is told of them.
+    pub(super) fn regions(&self, state: &State, log: bool) -> Vec<Region> {
         let slots = state.layout.slots().filter(|s| !s.readonly);
         slots
-            .filter_map(|s| super::transaction::region(state, s, state.logging))
+            .filter_map(|s| super::transaction::region(state, s, log))
             .collect()
     }
 
@@ -24,11 +24,16 @@ impl Shared {
         if initially_set {
             self.kvm.set_manual_protect(true, true)?;
         }
-        let switched = self.switch(state, true);
-        if initially_set {
-            self.kvm.set_manual_protect(true, false)?;
+        let switched = self.switch_on(state);
+        let restored = if initially_set {
+            self.kvm.set_manual_protect(true, false)
+        } else {
+            Ok(())
+        };
+        if let Err(error) = switched.and(restored) {
+            self.stop_logging(state);
+            return Err(error.into());
         }
-        switched?;
         state.logging = true;
         let discarded = match self.discard_all(state) {
             // Bits may be held back; healing publishes them to nobody.
@@ -42,31 +47,17 @@ impl Shared {
 
     /// Log off everywhere. Bits that are left are owed to nobody.
     pub(super) fn stop_logging(&self, state: &mut State) {
-        if let Err(error) = self.switch(state, false) {
-            // Logging that goes on costs time, not pages; the next start finds the flags set, which KVM takes as no change.
-            tracing::warn!(%error, "the dirty log could not be switched off");
+        for region in self.regions(state, false) {
+            if let Err(error) = self.kvm.set_region("flags", &region) {
+                // A log that goes on costs time, not pages: the next start discards what it has.
+                tracing::warn!(%error, "the dirty log could not be switched off");
+            }
         }
         state.logging = false;
     }
 
-    fn switch(&self, state: &mut State, on: bool) -> Result<()> {
-        let calls: Vec<MemslotCall> = state
-            .layout
-            .slots()
-            .filter(|s| !s.readonly)
-            .filter_map(|s| {
-                let to = super::transaction::region(state, s, on)?;
-                let from = Region {
-                    log: !on,
-                    ..to.clone()
-                };
-                Some(MemslotCall::Flags { from, to })
-            })
-            .collect();
-        apply(&*self.kvm, &calls).inspect_err(|error| {
-            if let Error::RollbackFailed { .. } = error {
-                state.broken = true;
-            }
-        })
+    fn switch_on(&self, state: &State) -> gleaner_ring::Result<()> {
+        let mut regions = self.regions(state, true).into_iter();
+        regions.try_for_each(|region| self.kvm.set_region("flags", &region))
     }
 }

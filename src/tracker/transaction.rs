@@ -197,7 +197,7 @@ pub(super) fn region(state: &State, slot: &Slot, logging: bool) -> Option<Region
 }
 
 /// Makes calls in order; when one fails, takes those before it back in reverse.
-pub(super) fn apply(kvm: &dyn Kvm, calls: &[MemslotCall]) -> Result<()> {
+fn apply(kvm: &dyn Kvm, calls: &[MemslotCall]) -> Result<()> {
     for (at, call) in calls.iter().enumerate() {
         let Err(cause) = call.apply(kvm) else {
             continue;
