@@ -194,3 +194,38 @@ fn logging_that_can_not_be_switched_on_is_off_everywhere_and_can_be_tried_again(
         }
     }
 }
+#[test]
+fn a_failed_rollback_keeps_the_gate_closed_and_every_dirty_page_readable() {
+    if !kvm() {
+        return;
+    }
+    for (mode, tracking) in MODES {
+        for (at, kind) in CHANGES.into_iter().enumerate() {
+            for n in 1.. {
+                let what = format!("{mode}, {}, call {n}", kind.0);
+                let (mut hand, faults) = faulty(tracking);
+                let block = warm(&mut hand);
+                for earlier in &CHANGES[..at] {
+                    change(&hand.tracker, &block, *earlier).unwrap();
+                }
+                let consumer = hand.tracker.consumer(Start::AllDirty).unwrap();
+                let mut copy = Copy::default();
+                check_copy(&hand, &consumer, &mut copy, &what);
+                write_everywhere(&mut hand, n);
+                faults.fail_from(faulty::CHANGES, n);
+                let outcome = change(&hand.tracker, &block, kind);
+                faults.heal();
+                let Err(error) = outcome else { break };
+                assert!(
+                    matches!(error, Error::RollbackFailed { .. }),
+                    "{what}: {error:?}"
+                );
+                assert!(!hand.may_run(), "{what}: the gate is open");
+                let again = change(&hand.tracker, &block, kind);
+                assert!(matches!(again, Err(Error::Broken)), "{what}: {again:?}");
+                check_copy(&hand, &consumer, &mut copy, &what);
+                assert!(!hand.may_run(), "{what}: the gate was opened");
+            }
+        }
+    }
+}

@@ -64,6 +64,8 @@ struct Inner {
     seats: Vec<Arc<SeatState>>,
     /// Ids of the vCPUs whose threads are parked.
     parked: Vec<u64>,
+    /// The gate stays closed for good.
+    kept: bool,
     /// Whose state is wanted, and what they answered.
     saving: Vec<u64>,
     saved: Vec<(u64, std::result::Result<Vec<u8>, String>)>,
@@ -163,7 +165,7 @@ impl Gate {
 
     fn open(&self) {
         let inner = self.lock();
-        if self.word.load(Ordering::SeqCst) & CLOSED == 0 {
+        if inner.kept || self.word.load(Ordering::SeqCst) & CLOSED == 0 {
             return;
         }
         // Still closed, so all are out: no KVM_RUN is interrupted for a transaction that is over.
@@ -228,14 +230,39 @@ impl Gate {
 }
 
 impl Closed<'_> {
-    /// Leaves the gate closed for good: a guest whose memory is not what it should be must not run.
-    pub(crate) fn keep(self) {
-        std::mem::forget(self);
+    /// Leaves the gate closed for good, whoever else closes it and lets go: a guest whose memory is not what it should be
+    /// must not run.
+    pub(crate) fn keep(&self) {
+        self.gate.lock().kept = true;
+    }
+
+    /// Whether it is closed for good.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.gate.lock().kept
     }
 }
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         self.gate.open();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_that_is_kept_closed_is_not_opened_by_whoever_closes_it_next() {
+        let gate = Gate::new(libc::SIGRTMIN()).unwrap();
+        let is_closed = || gate.word.load(Ordering::SeqCst) & CLOSED != 0;
+        drop(gate.close().unwrap());
+        assert!(!is_closed());
+        let closed = gate.close().unwrap();
+        closed.keep();
+        drop(closed);
+        assert!(is_closed());
+        drop(gate.close().unwrap());
+        assert!(is_closed() && gate.close().unwrap().is_kept());
     }
 }

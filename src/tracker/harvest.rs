@@ -129,8 +129,9 @@ impl Shared {
                 .map(|l| External(l.as_mut()))
                 .collect(),
         };
-        // Without logging there is no bitmap to fetch; rings may still hold entries, which have to be drained.
-        let kvm = state.logging || matches!(state.log, KvmLog::Ring(_));
+        // Without logging there is no bitmap to fetch, nor after a failed rollback, which has fetched what there was; rings
+        // may still hold entries, which have to be drained.
+        let kvm = (state.logging && !state.broken) || matches!(state.log, KvmLog::Ring(_));
         let all = sources(&mut state.log, &mut logs, &mut external).skip(usize::from(!kvm));
         Ok(state.harvester.harvest(all, &layout, scope, &self.store)?)
     }
@@ -139,7 +140,7 @@ impl Shared {
     /// switch the log off and on for each slot, drain. Only then are the pages published that were held back.
     ///
     /// Switching with a vCPU running loses pages: a write between the two is in no log.
-    fn heal(&self, state: &mut State, _closed: &Closed<'_>) -> Result<HarvestReport> {
+    fn heal(&self, state: &mut State, closed: &Closed<'_>) -> Result<HarvestReport> {
         match self.run(state, Ask::Kvm, Scope::All) {
             Ok(_) | Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {}
             Err(error) => return Err(error),
@@ -148,7 +149,14 @@ impl Shared {
             return Ok(HarvestReport::default());
         };
         tracing::warn!("dirty rings could not be re-armed in full; switching the log off and on");
-        for region in self.regions(state, state.logging) {
+        // Once the gate is closed for good nothing is written that would have to be seen, and a slot may be missing, which
+        // setting its flags would create.
+        let regions = if closed.is_kept() {
+            Vec::new()
+        } else {
+            self.regions(state, state.logging)
+        };
+        for region in regions {
             let mut off = region.clone();
             off.log = false;
             let toggle = MemslotCall::Flags {

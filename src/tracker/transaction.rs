@@ -261,8 +261,8 @@ impl Shared {
         match self.change_closed(state, new, &calls, &going, &closed, &mut report.blackout) {
             Ok(harvested) => report.harvested += harvested,
             Err(error @ Error::RollbackFailed { .. }) => {
-                state.broken = true;
                 closed.keep();
+                self.last_harvest(state, &calls, &closed);
                 return Err(error);
             }
             Err(error) => return Err(error),
@@ -300,6 +300,23 @@ impl Shared {
         }
         self.transactions.fetch_add(1, Ordering::Relaxed);
         Ok(report)
+    }
+
+    /// After a failed rollback: takes what KVM's logs have, for whoever reads the memory of a guest that never runs again.
+    /// Slots that were to be deleted may be missing. They were harvested inside, and nobody has run since.
+    fn last_harvest(&self, state: &mut State, calls: &[MemslotCall], closed: &Closed<'_>) {
+        let deleted = |key: SlotKey| {
+            calls
+                .iter()
+                .any(|c| matches!(c, MemslotCall::Delete(_)) && c.key() == key)
+        };
+        let layout = Arc::clone(&state.layout);
+        let keys = layout.slots().map(|s| s.key);
+        let standing: Vec<SlotKey> = keys.filter(|key| !deleted(*key)).collect();
+        if let Err(error) = self.harvest_closed(state, Scope::Slots(&standing), closed) {
+            tracing::error!(%error, "dirty pages that KVM still had are held back");
+        }
+        state.broken = true;
     }
 
     /// Harvests what would be lost or misread, and makes the calls. On an error everything is as it was, but for a failed
