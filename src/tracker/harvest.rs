@@ -57,7 +57,7 @@ impl Shared {
         match self.run(state, Ask::All, Scope::All) {
             Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {
                 let closed = self.gate.close()?;
-                self.heal(state, &closed)
+                self.heal(state, Ask::All, &closed)
             }
             other => other,
         }
@@ -68,7 +68,7 @@ impl Shared {
         match self.run(state, Ask::Kvm, Scope::All) {
             Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {
                 let closed = self.gate.close()?;
-                self.heal(state, &closed)?;
+                self.heal(state, Ask::Kvm, &closed)?;
                 Ok(())
             }
             other => other.map(|_| ()),
@@ -84,7 +84,7 @@ impl Shared {
     ) -> Result<HarvestReport> {
         match self.run(state, Ask::SlotBound, scope) {
             Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {
-                self.heal(state, closed)
+                self.heal(state, Ask::SlotBound, closed)
             }
             other => other,
         }
@@ -140,7 +140,7 @@ impl Shared {
     /// switch the log off and on for each slot, drain. Only then are the pages published that were held back.
     ///
     /// Switching with a vCPU running loses pages: a write between the two is in no log.
-    fn heal(&self, state: &mut State, closed: &Closed<'_>) -> Result<HarvestReport> {
+    fn heal(&self, state: &mut State, ask: Ask, closed: &Closed<'_>) -> Result<HarvestReport> {
         match self.run(state, Ask::Kvm, Scope::All) {
             Ok(_) | Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {}
             Err(error) => return Err(error),
@@ -177,7 +177,7 @@ impl Shared {
         if let KvmLog::Ring(ring) = &mut state.log {
             ring.healed();
         }
-        self.run(state, Ask::All, Scope::All)
+        self.run(state, ask, Scope::All)
     }
 }
 
