@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gleaner_bitmap::{Collected, DirtySource, Layout, Rearm, Scope, Slot, SlotKey};
 
-use crate::{DirtyRing, Kvm, with_signals_blocked};
+use crate::{DirtyRing, Kvm, Result, with_signals_blocked};
 
 /// Calls of RESET without progress after which the rest is left to healing.
 const RESET_ATTEMPTS: u32 = 64;
@@ -16,7 +16,6 @@ const BATCH: usize = 512;
 #[derive(Debug, Default)]
 pub struct RingHandle {
     full: AtomicBool,
-    gone: AtomicBool,
 }
 
 impl RingHandle {
@@ -24,21 +23,15 @@ impl RingHandle {
     pub fn set_full(&self) {
         self.full.store(true, Ordering::Release);
     }
-
-    /// The vCPU will not run any more: its ring is drained once more, then dropped.
-    pub fn set_gone(&self) {
-        self.gone.store(true, Ordering::Release);
-    }
 }
 
 #[derive(Debug)]
 struct Ring {
+    vcpu: u64,
     ring: DirtyRing,
     handle: Arc<RingHandle>,
     /// Times in a row that the vCPU found its ring full and no entry could be read.
     full_but_empty: u32,
-    /// The vCPU was gone before the ring was last drained: nothing can come any more.
-    drained_last: bool,
 }
 
 /// All rings of a VM.
@@ -74,16 +67,27 @@ impl RingSource {
         }
     }
 
-    /// Adds a vCPU's ring, before that vCPU runs.
-    pub fn add(&mut self, ring: DirtyRing) -> Arc<RingHandle> {
+    /// Makes a vCPU's ring known, before that vCPU runs. A ring is known for as long as its VM exists: a vCPU that comes
+    /// again, with another thread, goes on where it was, and so must its reader.
+    ///
+    /// # Errors
+    /// That of `map`, which is asked for a ring that is not known yet.
+    pub fn add(
+        &mut self,
+        vcpu: u64,
+        map: impl FnOnce() -> Result<DirtyRing>,
+    ) -> Result<Arc<RingHandle>> {
+        if let Some(known) = self.rings.iter().find(|r| r.vcpu == vcpu) {
+            return Ok(Arc::clone(&known.handle));
+        }
         let handle = Arc::new(RingHandle::default());
         self.rings.push(Ring {
-            ring,
+            vcpu,
+            ring: map()?,
             handle: Arc::clone(&handle),
             full_but_empty: 0,
-            drained_last: false,
         });
-        handle
+        Ok(handle)
     }
 
     /// How full the fullest ring was at the last harvest, in thousandths: the reaper's measure.
@@ -117,7 +121,6 @@ fn drain(
     let mut sane = true;
     let entries = u64::from(ring.ring.entries());
     let mut count = 0;
-    let gone = ring.handle.gone.load(Ordering::Acquire);
     let full = ring.handle.full.swap(false, Ordering::AcqRel);
     while count < entries {
         let Some((key, page)) = ring.ring.pop() else {
@@ -141,7 +144,6 @@ fn drain(
         (true, 0) => ring.full_but_empty + 1,
         (false, 0) => ring.full_but_empty,
     };
-    ring.drained_last = gone;
     // Once may be a harvest that came between the exit and this one; twice means the kernel's index is not ours.
     Ok(sane && count < entries && ring.full_but_empty < 2)
 }
@@ -202,8 +204,6 @@ impl DirtySource for RingSource {
                 self.short |= self.unreset > 0;
                 attempts = if done == 0 { attempts + 1 } else { 0 };
             }
-            self.rings
-                .retain(|r| !r.handle.gone.load(Ordering::Acquire));
         }
         Ok(if self.short {
             Rearm::Short {

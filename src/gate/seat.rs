@@ -20,9 +20,6 @@ pub trait RingFull: Send {
     /// # Errors
     /// Why they can't be.
     fn empty(&self) -> Result<()>;
-
-    /// The vCPU will not run any more.
-    fn gone(&self);
 }
 
 /// What [`Seat::run`] came back with.
@@ -199,9 +196,6 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if let Some(ring) = &self.ring {
-            ring.gone();
-        }
         let mut inner = self.gate.lock();
         inner.seats.retain(|s| s.vcpu != self.state.vcpu);
         inner.parked.retain(|&v| v != self.state.vcpu);

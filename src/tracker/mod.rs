@@ -147,12 +147,11 @@ impl Tracker {
     pub fn register(&self, vcpu: &VcpuFd, id: u64) -> Result<Seat> {
         let ring: Option<Box<dyn crate::gate::RingFull>> = match self.0.mode {
             Mode::Ring { bytes } => {
-                let ring = DirtyRing::map(vcpu, id, bytes)?;
                 let mut state = self.0.lock();
                 let KvmLog::Ring(source) = &mut state.log else {
                     unreachable!("ring mode has a ring source: both are set once, by the builder");
                 };
-                let handle = source.add(ring);
+                let handle = source.add(id, || DirtyRing::map(vcpu, id, bytes))?;
                 Some(Box::new(RingRequest::new(
                     Arc::clone(&self.0.reaper),
                     handle,

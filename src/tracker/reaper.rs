@@ -99,10 +99,6 @@ impl RingFull for RingRequest {
             None => Ok(()),
         }
     }
-
-    fn gone(&self) {
-        self.handle.set_gone();
-    }
 }
 
 /// Starts the reaper's thread. It ends with the tracker, and takes no signal.

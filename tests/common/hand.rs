@@ -52,7 +52,8 @@ pub struct Hand {
     pub tracker: Tracker,
     pub vm: Arc<VmFd>,
     vcpu: VcpuFd,
-    seat: Seat,
+    /// Empty only while seats are changed.
+    seat: Option<Seat>,
     code: u64,
     /// Guest-physical addresses of stores that hit no writable slot: they went nowhere.
     pub missed: Vec<u64>,
@@ -90,7 +91,7 @@ impl Hand {
             tracker,
             vm,
             vcpu,
-            seat,
+            seat: Some(seat),
             code,
             missed: Vec::new(),
         };
@@ -113,7 +114,7 @@ impl Hand {
             })
             .unwrap();
         loop {
-            match self.seat.run(&mut self.vcpu).unwrap() {
+            match self.seat.as_mut().unwrap().run(&mut self.vcpu).unwrap() {
                 Turn::Exit(VcpuExit::IoOut(0xe0, _)) => return,
                 Turn::Exit(VcpuExit::MmioWrite(gpa, _)) => self.missed.push(gpa),
                 Turn::Exit(VcpuExit::MmioRead(_, data)) => data.fill(0),
@@ -134,9 +135,20 @@ impl Hand {
         self.run(self.code + LOAD_AT, first, pages, 0);
     }
 
+    /// Tries to get a seat that is taken.
+    pub fn take_a_second_seat(&self) -> gleaner::Result<Seat> {
+        self.tracker.register(&self.vcpu, 0)
+    }
+
+    /// Leaves the seat and takes a new one.
+    pub fn change_seats(&mut self) {
+        self.seat = None;
+        self.seat = Some(self.tracker.register(&self.vcpu, 0).unwrap());
+    }
+
     /// Whether the gate lets the vCPU in.
     pub fn may_run(&self) -> bool {
-        self.seat.pass()
+        self.seat.as_ref().unwrap().pass()
     }
 
     /// A slot that KVM logs, as KVM itself says it: only a logged slot has a bitmap to fetch. Rings have none at all.
