@@ -164,6 +164,17 @@ impl Capabilities {
                     bytes,
                     " (rings are enabled once, before the first vCPU)",
                 )?;
+                // What no vCPU dirties goes to a bitmap there; it has to be on before there is any slot.
+                #[cfg(target_arch = "aarch64")]
+                enable(
+                    vm,
+                    (
+                        "KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP",
+                        kvm_bindings::KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
+                    ),
+                    0,
+                    " (before any slot)",
+                )?;
             }
         }
         if self.slot_zap_all_quirk {

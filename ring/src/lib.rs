@@ -9,6 +9,8 @@
 //! Both sources are [`gleaner_bitmap::DirtySource`]s: nothing that can be read comes out of them before they are
 //! re-armed.
 
+#[cfg(target_arch = "aarch64")]
+mod backup;
 mod bitmap_source;
 mod calls;
 mod capabilities;

@@ -179,6 +179,8 @@ impl DirtySource for RingSource {
             let fill = (self.unreset - before) * 1000 / u64::from(ring.ring.entries());
             self.fill = self.fill.max(u32::try_from(fill).unwrap_or(1000));
         }
+        #[cfg(target_arch = "aarch64")]
+        crate::backup::collect(&*self.kvm, layout, into)?;
         if self.lost {
             for block in layout.blocks() {
                 into.mark_range(block.id, block.all())?;

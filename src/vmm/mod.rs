@@ -4,6 +4,9 @@
 //! vCPUs dirty memory and check it themselves, writes guest memory itself like a device would ([`device`]), and changes its
 //! memory slots all the time ([`churn`]).
 
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the reference VMM's guest is x86_64 code: use default-features = false here");
+
 pub mod churn;
 pub mod device;
 pub mod guest;
