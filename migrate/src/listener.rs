@@ -3,14 +3,16 @@
 use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
-use crate::{Address, Error, Result, Stream, raw};
+use crate::patience::TICK;
+use crate::{Address, CancelToken, Error, Result, Stream, raw};
 
 /// Waits for connections.
 #[derive(Debug)]
@@ -91,6 +93,31 @@ impl Listener {
             }),
         }
         .map_err(|cause| Error::io("accept a connection", cause))
+    }
+
+    /// As [`Listener::accept`], until `cancel` is used.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; those of [`Listener::accept`].
+    pub fn accept_until(&self, cancel: &CancelToken) -> Result<Stream> {
+        let waiting = match &self.kind {
+            Kind::Tcp(socket) => socket.as_fd(),
+            Kind::Unix(socket) => socket.as_fd(),
+            Kind::Connected(_) | Kind::File(_) => return self.accept(),
+        };
+        let tick = Timespec {
+            tv_sec: 0,
+            tv_nsec: TICK.subsec_nanos().into(),
+        };
+        let mut fds = [PollFd::from_borrowed_fd(waiting, PollFlags::IN)];
+        while !cancel.is_cancelled() {
+            match poll(&mut fds, Some(&tick)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return self.accept(),
+                Err(cause) => return Err(Error::io("await a connection", cause.into())),
+            }
+        }
+        Err(Error::Cancelled)
     }
 
     /// The TCP address it listens on, the port chosen by the system in place of port 0. `None` unless it is TCP.
@@ -188,6 +215,23 @@ mod tests {
         fs::write(&path, "mine").unwrap();
         drop(listener);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn waiting_for_a_connection_can_be_called_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let cancel = CancelToken::new();
+        for address in [
+            unix(&dir.path().join("s")),
+            "tcp:127.0.0.1:0".parse().unwrap(),
+        ] {
+            let listener = Listener::bind(&address).unwrap();
+            std::thread::scope(|scope| {
+                let waiting = scope.spawn(|| listener.accept_until(&cancel));
+                cancel.cancel();
+                assert!(matches!(waiting.join().unwrap(), Err(Error::Cancelled)));
+            });
+        }
     }
 
     #[test]

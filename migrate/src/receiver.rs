@@ -26,8 +26,7 @@ use crate::patience::{LINGER, TICK};
 use crate::report::Received;
 use crate::wire::{Header, Inlet, Kind, Message, Outlet, Payload, VERSION};
 use crate::{
-    CancelToken, Destination, Error, Listener, MigrationId, Outcome, Outcomes, Result, Status,
-    Stream,
+    CancelToken, Destination, Error, Listener, MigrationId, Outcome, Outcomes, Result, Stream,
 };
 
 /// What a receiver shall be like.
@@ -102,7 +101,14 @@ impl<'a> Receiver<'a> {
     /// [`Error::Io`] of the listener: no migration has begun.
     pub fn listen(self, listener: &Listener) -> Result<Received> {
         loop {
-            let stream = listener.accept()?;
+            let stream = match listener.accept_until(&self.options.cancel) {
+                Err(error @ Error::Cancelled) => {
+                    let mut report = Received::nothing();
+                    report.fail(error);
+                    return Ok(report);
+                }
+                accepted => accepted?,
+            };
             let again = Receiver::new(&mut *self.destination, self.options.clone());
             let received = again.run(stream);
             match received.error {
@@ -116,27 +122,11 @@ impl<'a> Receiver<'a> {
     #[must_use]
     pub fn run(self, stream: Stream) -> Received {
         let start = Instant::now();
-        let mut report = Received {
-            status: Status::Completed,
-            reason: None,
-            error: None,
-            migration_id: None,
-            source: String::new(),
-            blocks: 0,
-            pages: 0,
-            zero_pages: 0,
-            layouts: 0,
-            total_ms: 0.0,
-        };
+        let mut report = Received::nothing();
         let ended = Session::open(self.destination, self.options, stream, &mut report)
             .and_then(Session::receive);
         if let Err(error) = ended {
-            report.status = match error {
-                Error::Cancelled | Error::CalledOff { .. } => Status::Cancelled,
-                _ => Status::Failed,
-            };
-            report.reason = Some(error.to_string());
-            report.error = Some(error);
+            report.fail(error);
         }
         report.total_ms = crate::sender::millis(start.elapsed());
         report

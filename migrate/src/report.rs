@@ -106,6 +106,34 @@ pub struct Received {
     pub total_ms: f64,
 }
 
+impl Received {
+    /// Nothing has come yet.
+    pub(crate) const fn nothing() -> Self {
+        Self {
+            status: Status::Completed,
+            reason: None,
+            error: None,
+            migration_id: None,
+            source: String::new(),
+            blocks: 0,
+            pages: 0,
+            zero_pages: 0,
+            layouts: 0,
+            total_ms: 0.0,
+        }
+    }
+
+    /// It ended with this error.
+    pub(crate) fn fail(&mut self, error: Error) {
+        self.status = match error {
+            Error::Cancelled | Error::CalledOff { .. } => Status::Cancelled,
+            _ => Status::Failed,
+        };
+        self.reason = Some(error.to_string());
+        self.error = Some(error);
+    }
+}
+
 fn as_text<S: serde::Serializer>(id: &MigrationId, to: S) -> Result<S::Ok, S::Error> {
     to.collect_str(id)
 }
