@@ -95,7 +95,8 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// Receives from the first connection that brings a migration; answers those that ask for an outcome.
+    /// Receives from the first connection that brings a migration; answers those that ask for an outcome, and goes on
+    /// listening after those that bring neither (a probe of the port, another release).
     ///
     /// # Errors
     /// [`Error::Io`] of the listener: no migration has begun.
@@ -111,8 +112,11 @@ impl<'a> Receiver<'a> {
             };
             let again = Receiver::new(&mut *self.destination, self.options.clone());
             let received = again.run(stream);
-            match received.error {
-                Some(Error::OnlyQuery) if listener.is_socket() => {}
+            match &received.error {
+                Some(Error::Cancelled) => return Ok(received),
+                Some(error) if received.migration_id.is_none() && listener.is_socket() => {
+                    tracing::info!(%error, "a connection without a migration");
+                }
                 _ => return Ok(received),
             }
         }
