@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Listener, Received, Receiver, ReceiverOptions, Status, serve_query,
+    Address, CancelToken, Listener, Outcomes, Received, Receiver, ReceiverOptions, Status,
+    serve_query,
 };
 
 use super::Failure;
@@ -14,8 +15,8 @@ use super::guest::watch;
 use super::options::cancel_on_signal;
 use super::output::Output;
 use crate::Tracking;
-use crate::service::Service;
-use crate::vmm::IncomingMachine;
+use crate::service::ServiceSocket;
+use crate::vmm::{IncomingMachine, Machine};
 
 /// How long a peer that asks may be silent.
 const QUERY_PATIENCE: Duration = Duration::from_secs(10);
@@ -58,6 +59,13 @@ impl Receive {
         }
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
+        // Before the guest comes: one that has come must not be lost for a path that is in use.
+        let control = self
+            .control
+            .as_deref()
+            .map(ServiceSocket::bind)
+            .transpose()
+            .map_err(output.failure())?;
         let listener = Listener::bind(&self.listen).map_err(output.failure())?;
         eprintln!(
             "gleaner: listening at {}",
@@ -79,29 +87,50 @@ impl Receive {
             );
             return Ok(ExitCode::FAILURE);
         }
-        let Some(machine) = destination.take_machine() else {
-            return Ok(ExitCode::SUCCESS);
-        };
-        let service = match &self.control {
-            Some(path) => Some(
-                Service::serve(machine.tracker(), path, machine.hooks_factory())
-                    .map_err(output.failure())?,
-            ),
-            None => None,
-        };
-        std::thread::Builder::new()
-            .name("queries".into())
-            .spawn(move || {
-                while let Ok(stream) = listener.accept() {
-                    if let Err(error) = serve_query(stream, &outcomes, QUERY_PATIENCE) {
-                        tracing::info!(%error, "query");
-                    }
-                }
-            })
-            .map_err(output.failure())?;
-        watch(&machine, &cancel).map_err(output.failure())?;
-        drop(service);
-        Ok(ExitCode::SUCCESS)
+        // The result has been told: from here on there is only standard error.
+        Ok(match destination.take_machine() {
+            Some(machine) => host(&machine, control, &listener, &outcomes, &cancel),
+            None => ExitCode::SUCCESS,
+        })
+    }
+}
+
+/// The guest runs here, until the user wants an end.
+fn host(
+    machine: &Machine,
+    control: Option<ServiceSocket>,
+    listener: &Listener,
+    outcomes: &Outcomes,
+    cancel: &CancelToken,
+) -> ExitCode {
+    let served = control.map(|socket| socket.serve(machine.tracker(), machine.hooks_factory()));
+    if let Some(Err(error)) = &served {
+        eprintln!("gleaner: the guest runs, but can't be served again: {error}");
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| answer_queries(listener, outcomes, cancel));
+        let watched = watch(machine, cancel);
+        // The queries end with the guest.
+        cancel.cancel();
+        match watched {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(reason) => {
+                eprintln!("gleaner: {reason}");
+                ExitCode::FAILURE
+            }
+        }
+    })
+}
+
+/// Answers sources that are in doubt.
+fn answer_queries(listener: &Listener, outcomes: &Outcomes, cancel: &CancelToken) {
+    if !listener.is_socket() {
+        return;
+    }
+    while let Ok(stream) = listener.accept_until(cancel) {
+        if let Err(error) = serve_query(stream, outcomes, QUERY_PATIENCE) {
+            tracing::info!(%error, "query");
+        }
     }
 }
 

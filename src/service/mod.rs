@@ -21,5 +21,5 @@ mod session;
 
 pub use client::{Attach, ServiceClient};
 pub use message::{Request, Response, VERSION};
-pub use server::Service;
+pub use server::{Service, ServiceSocket};
 pub use session::{Reply, Session, SessionSource};

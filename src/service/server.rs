@@ -1,8 +1,6 @@
 //! The socket around the session.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +13,57 @@ use rustix::net::sockopt::socket_peercred;
 use super::message::{Response, receive_request, send_response};
 use super::session::Session;
 use crate::{Error, Hooks, LocalSource, Result, Tracker};
+
+/// A service's socket, before there is anything to serve. Agents that connect wait until it is served; dropping it removes
+/// it, and they hear that it is gone.
+#[derive(Debug)]
+pub struct ServiceSocket {
+    listener: Listener,
+    path: PathBuf,
+}
+
+impl ServiceSocket {
+    /// Binds `path`, with mode 0600.
+    ///
+    /// # Errors
+    /// [`Error::Migrate`] when the path is in use by another service or can't be bound.
+    pub fn bind(path: &Path) -> Result<Self> {
+        Ok(Self {
+            listener: Listener::bind(&Address::Unix(path.to_path_buf()))?,
+            path: path.to_path_buf(),
+        })
+    }
+
+    /// Serves `tracker`; `hooks` are asked for at the start of each attempt.
+    ///
+    /// # Errors
+    /// [`Error::Thread`].
+    pub fn serve(
+        self,
+        tracker: &Tracker,
+        mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
+    ) -> Result<Service> {
+        let ended = Arc::new(AtomicBool::new(false));
+        let current = Arc::new(Mutex::new(None));
+        let tracker = tracker.clone();
+        let session = Session::new(move || LocalSource::new(&tracker, hooks()));
+        let (stop, slot) = (Arc::clone(&ended), Arc::clone(&current));
+        let listener = self.listener;
+        let thread = std::thread::Builder::new()
+            .name("service".into())
+            .spawn(move || accept(&listener, session, &stop, &slot))
+            .map_err(|source| Error::Thread {
+                name: "service",
+                source,
+            })?;
+        Ok(Service {
+            path: self.path,
+            ended,
+            current,
+            thread: Some(thread),
+        })
+    }
+}
 
 /// A tracker's service on a Unix socket. Dropping it removes the socket and hangs up on the agent.
 #[derive(Debug)]
@@ -30,37 +79,13 @@ impl Service {
     /// Serves `tracker` at `path`; `hooks` are asked for at the start of each attempt.
     ///
     /// # Errors
-    /// [`Error::Migrate`] when the path is in use by another service or can't be bound; [`Error::Thread`].
+    /// Those of [`ServiceSocket::bind`] and [`ServiceSocket::serve`].
     pub fn serve(
         tracker: &Tracker,
         path: &Path,
-        mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
+        hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
     ) -> Result<Self> {
-        let listener = Listener::bind(&Address::Unix(path.to_path_buf()))?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|source| {
-            Error::Socket {
-                path: path.to_path_buf(),
-                source,
-            }
-        })?;
-        let ended = Arc::new(AtomicBool::new(false));
-        let current = Arc::new(Mutex::new(None));
-        let tracker = tracker.clone();
-        let session = Session::new(move || LocalSource::new(&tracker, hooks()));
-        let (stop, slot) = (Arc::clone(&ended), Arc::clone(&current));
-        let thread = std::thread::Builder::new()
-            .name("service".into())
-            .spawn(move || accept(&listener, session, &stop, &slot))
-            .map_err(|source| Error::Thread {
-                name: "service",
-                source,
-            })?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            ended,
-            current,
-            thread: Some(thread),
-        })
+        ServiceSocket::bind(path)?.serve(tracker, hooks)
     }
 
     /// Where it listens.
