@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
@@ -95,15 +96,19 @@ impl Listener {
         .map_err(|cause| Error::io("accept a connection", cause))
     }
 
-    /// As [`Listener::accept`], until `cancel` is used.
+    /// As [`Listener::accept`], until `cancel` is used; `None` when none has come by `end`.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; those of [`Listener::accept`].
-    pub fn accept_until(&self, cancel: &CancelToken) -> Result<Stream> {
+    pub fn accept_until(
+        &self,
+        cancel: &CancelToken,
+        end: Option<Instant>,
+    ) -> Result<Option<Stream>> {
         let waiting = match &self.kind {
             Kind::Tcp(socket) => socket.as_fd(),
             Kind::Unix(socket) => socket.as_fd(),
-            Kind::Connected(_) | Kind::File(_) => return self.accept(),
+            Kind::Connected(_) | Kind::File(_) => return self.accept().map(Some),
         };
         let tick = Timespec {
             tv_sec: 0,
@@ -112,8 +117,12 @@ impl Listener {
         let mut fds = [PollFd::from_borrowed_fd(waiting, PollFlags::IN)];
         while !cancel.is_cancelled() {
             match poll(&mut fds, Some(&tick)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => return self.accept(),
+                Ok(0) | Err(rustix::io::Errno::INTR) => {
+                    if end.is_some_and(|end| Instant::now() >= end) {
+                        return Ok(None);
+                    }
+                }
+                Ok(_) => return self.accept().map(Some),
                 Err(cause) => return Err(Error::io("await a connection", cause.into())),
             }
         }
@@ -227,7 +236,7 @@ mod tests {
         ] {
             let listener = Listener::bind(&address).unwrap();
             std::thread::scope(|scope| {
-                let waiting = scope.spawn(|| listener.accept_until(&cancel));
+                let waiting = scope.spawn(|| listener.accept_until(&cancel, None));
                 cancel.cancel();
                 assert!(matches!(waiting.join().unwrap(), Err(Error::Cancelled)));
             });

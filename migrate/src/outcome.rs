@@ -151,7 +151,7 @@ pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome
     }
 }
 
-/// Answers a connection that asks for an outcome. A migration that begins on it is refused: this end has its guest.
+/// Answers a connection that asks for an outcome. A migration that begins on it is refused: this end has had its guest.
 ///
 /// # Errors
 /// What is wrong with the connection or the question; the question was not answered then.
@@ -167,7 +167,7 @@ pub fn serve_query(stream: Stream, outcomes: &Outcomes, timeout: Duration) -> Re
             Ok(outcome)
         }
         other => {
-            let reason = "this destination has its guest already: start another one".to_owned();
+            let reason = "this destination takes no further guest: start another one".to_owned();
             outlet.send(&Message::Refused(reason), &Payload::None, &patience)?;
             outlet.stream().linger(timeout.min(LINGER));
             Err(Error::OutOfState {

@@ -102,13 +102,15 @@ impl<'a> Receiver<'a> {
     /// [`Error::Io`] of the listener: no migration has begun.
     pub fn listen(self, listener: &Listener) -> Result<Received> {
         loop {
-            let stream = match listener.accept_until(&self.options.cancel) {
+            let stream = match listener.accept_until(&self.options.cancel, None) {
+                Ok(Some(stream)) => stream,
+                Ok(None) => continue,
                 Err(error @ Error::Cancelled) => {
                     let mut report = Received::nothing();
                     report.fail(error);
                     return Ok(report);
                 }
-                accepted => accepted?,
+                Err(error) => return Err(error),
             };
             let again = Receiver::new(&mut *self.destination, self.options.clone());
             let received = again.run(stream);
@@ -258,18 +260,26 @@ impl<'a> Session<'a> {
                 }
                 self.destination.ready(state)?;
                 self.phase = Phase::Built;
+                self.report.may_be_asked = !self.outlet.stream().is_file();
                 self.answer(&Message::Ready)?;
             }
             Message::Go => {
                 self.destination.run()?;
                 // From here on nothing is an error: the guest runs, and whoever asks is told so.
                 self.decided(Outcome::Running);
-                if let Err(error) = self.answer(&Message::Running) {
-                    tracing::warn!(%error, "the source could not be told that the guest runs");
+                match self.answer(&Message::Running) {
+                    Ok(()) => self.report.may_be_asked = false,
+                    Err(error) => {
+                        tracing::warn!(%error, "the source could not be told that the guest runs");
+                    }
                 }
                 return Ok(true);
             }
-            Message::Cancel(reason) => return Err(Error::CalledOff { reason }),
+            Message::Cancel(reason) => {
+                // It has not let go of its guest.
+                self.report.may_be_asked = false;
+                return Err(Error::CalledOff { reason });
+            }
             // The phase admits no other kind.
             other => return Err(crate::sender::unexpected(&other, self.phase.name())),
         }

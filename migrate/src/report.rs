@@ -104,6 +104,9 @@ pub struct Received {
     pub layouts: u64,
     /// Time from the first byte to the end, in milliseconds.
     pub total_ms: f64,
+    /// The source was told READY, and may not have heard the end: it may ask, see [`serve_query`](crate::serve_query).
+    #[serde(skip)]
+    pub may_be_asked: bool,
 }
 
 impl Received {
@@ -120,6 +123,7 @@ impl Received {
             zero_pages: 0,
             layouts: 0,
             total_ms: 0.0,
+            may_be_asked: false,
         }
     }
 

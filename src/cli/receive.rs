@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Listener, Outcomes, Received, Receiver, ReceiverOptions, Status,
-    serve_query,
+    Address, CancelToken, Error, Listener, Outcome, Outcomes, Received, Receiver, ReceiverOptions,
+    Status, serve_query,
 };
 
 use super::Failure;
@@ -19,7 +19,11 @@ use crate::service::ServiceSocket;
 use crate::vmm::{IncomingMachine, Machine};
 
 /// How long a peer that asks may be silent.
-const QUERY_PATIENCE: Duration = Duration::from_secs(10);
+const QUERY_PATIENCE: Duration = Duration::from_secs(2);
+/// Between two questions, after one that could not be answered.
+const RETRY: Duration = Duration::from_millis(50);
+/// How long the end of a migration that the source may not have heard of is kept for its question.
+const DOUBT: Duration = Duration::from_secs(600);
 
 /// The command's options.
 #[derive(Debug, Args)]
@@ -80,17 +84,31 @@ impl Receive {
             .listen(&listener)
             .map_err(output.failure())?;
         output.result(&received, || summary(&received));
+        // The result has been told: from here on there is only standard error.
         if received.status != Status::Completed {
             eprintln!(
                 "gleaner: {}",
                 received.reason.as_deref().unwrap_or("nothing was received")
             );
-            return Ok(ExitCode::FAILURE);
         }
-        // The result has been told: from here on there is only standard error.
-        Ok(match destination.take_machine() {
-            Some(machine) => host(&machine, control, &listener, &outcomes, &cancel),
-            None => ExitCode::SUCCESS,
+        let machine = destination.take_machine();
+        if received.status == Status::Completed
+            && let Some(machine) = machine
+        {
+            return Ok(host(&machine, control, &listener, &outcomes, &cancel));
+        }
+        // The source would wait for an answer in vain.
+        drop(control);
+        if received.may_be_asked && listener.is_socket() {
+            eprintln!(
+                "gleaner: the source may be in doubt of this: awaiting its question for {} s, Ctrl-C ends it",
+                DOUBT.as_secs()
+            );
+            answer_queries(&listener, &outcomes, &cancel, Some(Instant::now() + DOUBT));
+        }
+        Ok(match received.status {
+            Status::Completed => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
         })
     }
 }
@@ -108,7 +126,7 @@ fn host(
         eprintln!("gleaner: the guest runs, but can't be served again: {error}");
     }
     std::thread::scope(|scope| {
-        scope.spawn(|| answer_queries(listener, outcomes, cancel));
+        scope.spawn(|| answer_queries(listener, outcomes, cancel, None));
         let watched = watch(machine, cancel);
         // The queries end with the guest.
         cancel.cancel();
@@ -122,14 +140,30 @@ fn host(
     })
 }
 
-/// Answers sources that are in doubt.
-fn answer_queries(listener: &Listener, outcomes: &Outcomes, cancel: &CancelToken) {
+/// Answers sources that are in doubt: until `end`, or until one has been told what it asked for, if there is an end.
+fn answer_queries(
+    listener: &Listener,
+    outcomes: &Outcomes,
+    cancel: &CancelToken,
+    end: Option<Instant>,
+) {
     if !listener.is_socket() {
         return;
     }
-    while let Ok(stream) = listener.accept_until(cancel) {
-        if let Err(error) = serve_query(stream, outcomes, QUERY_PATIENCE) {
-            tracing::info!(%error, "query");
+    loop {
+        let answered = match listener.accept_until(cancel, end) {
+            Ok(Some(stream)) => serve_query(stream, outcomes, QUERY_PATIENCE),
+            Ok(None) | Err(Error::Cancelled) => return,
+            Err(error) => Err(error),
+        };
+        match answered {
+            Ok(Outcome::Running | Outcome::Refused) if end.is_some() => return,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "query");
+                // An error that stays, such as too many open files, must not keep a core busy.
+                std::thread::sleep(RETRY);
+            }
         }
     }
 }
