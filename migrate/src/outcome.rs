@@ -127,9 +127,21 @@ impl Outcomes {
 /// Asks the destination at `address` what became of a migration, waiting at most `timeout` for its answer.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::Silent`], [`Error::Closed`] or what is wrong with the answer: nothing is known then.
+/// [`Error::Address`] for a file, which can't answer and is left as it is; [`Error::Io`], [`Error::Silent`],
+/// [`Error::Closed`] or what is wrong with the answer: nothing is known then.
 pub fn query(address: &Address, id: MigrationId, timeout: Duration) -> Result<Outcome> {
+    // Before connecting, which empties a file: it may hold the only copy of the guest.
+    if let Address::File(_) = address {
+        return Err(file(address));
+    }
     ask(connect(address)?, id, timeout)
+}
+
+fn file(address: &impl fmt::Display) -> Error {
+    Error::Address {
+        text: address.to_string(),
+        problem: "a file can't be asked what became of a migration",
+    }
 }
 
 /// As [`query`], on a connection of its own that is open already.
@@ -137,6 +149,9 @@ pub fn query(address: &Address, id: MigrationId, timeout: Duration) -> Result<Ou
 /// # Errors
 /// As [`query`].
 pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome> {
+    if stream.is_file() {
+        return Err(file(&"file"));
+    }
     stream.set_timeouts(Some(TICK), Some(TICK))?;
     let patience = silent_after("awaiting the outcome", timeout);
     let mut inlet = Inlet::new(stream.try_clone()?);
@@ -200,6 +215,19 @@ mod tests {
         assert_eq!(id.to_string().parse::<MigrationId>().unwrap(), id);
         assert!("+1".repeat(16).parse::<MigrationId>().is_err());
         assert!("ä".repeat(16).parse::<MigrationId>().is_err());
+    }
+
+    #[test]
+    fn a_file_is_not_asked_and_keeps_what_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("guest");
+        std::fs::write(&path, "memory").unwrap();
+        let id = MigrationId([1; 16]);
+        let limit = Duration::from_secs(1);
+        assert!(query(&Address::File(path.clone()), id, limit).is_err());
+        let open = File::options().append(true).open(&path).unwrap();
+        assert!(ask(Stream::File(open), id, limit).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"memory");
     }
 
     #[test]

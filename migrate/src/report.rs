@@ -79,6 +79,28 @@ pub struct Report {
     pub progress: Vec<Progress>,
 }
 
+impl Report {
+    /// Of the attempt `migration_id`, which has sent nothing yet.
+    #[must_use]
+    pub const fn new(migration_id: MigrationId) -> Self {
+        Self {
+            status: Status::Completed,
+            reason: None,
+            error: None,
+            migration_id,
+            rounds: 0,
+            pages_sent: 0,
+            zero_pages: 0,
+            bytes_on_wire: 0,
+            total_ms: 0.0,
+            downtime_ms: 0.0,
+            transactions: 0,
+            first_round_bytes_per_second: 0.0,
+            progress: Vec::new(),
+        }
+    }
+}
+
 /// How a migration went, at the destination.
 #[derive(Debug, Serialize)]
 pub struct Received {

@@ -107,21 +107,7 @@ impl<'a> Sender<'a> {
             silence: options.io_timeout,
             committed: false,
         };
-        let mut report = Report {
-            status: Status::Completed,
-            reason: None,
-            error: None,
-            migration_id: options.id,
-            rounds: 0,
-            pages_sent: 0,
-            zero_pages: 0,
-            bytes_on_wire: 0,
-            total_ms: 0.0,
-            downtime_ms: 0.0,
-            transactions: 0,
-            first_round_bytes_per_second: 0.0,
-            progress: Vec::new(),
-        };
+        let mut report = Report::new(options.id);
         let link = match Link::open(stream, limits, options.bandwidth_limit) {
             Ok(link) => link,
             Err(error) => {

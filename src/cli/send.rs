@@ -8,7 +8,6 @@ use clap::Args;
 use gleaner_migrate::{
     Address, CancelToken, MigrationId, Report, Sender, Status, connect, query, resolve,
 };
-use serde_json::json;
 
 use super::Failure;
 use super::options::{MigrationOptions, cancel_on_signal};
@@ -44,50 +43,71 @@ impl Send {
         let id = MigrationId::random().map_err(output.failure())?;
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
-        let mut source = match ServiceClient::attach(&self.control, id).map_err(output.failure())? {
-            Attach::Ready(source) => source,
-            Attach::InDoubt(source, earlier) => return self.resolve(output, source, earlier),
+        let mut source = match ServiceClient::attach(&self.control, id) {
+            Ok(Attach::Ready(source)) => source,
+            Ok(Attach::InDoubt(source, earlier)) => {
+                return Ok(self.resolve(output, source, earlier));
+            }
+            Err(error) => {
+                let report = failed(id, &error);
+                output.result(&report, || summary(&report));
+                return Ok(exit_code(&report));
+            }
         };
-        let stream = connect(&self.to).map_err(output.failure())?;
-        let options = self.migration.sender(id, cancel);
-        let report = Sender::new(&mut source, options).run(stream);
+        let report = match connect(&self.to) {
+            Ok(stream) => {
+                let options = self.migration.sender(id, cancel);
+                Sender::new(&mut source, options).run(stream)
+            }
+            Err(error) => failed(id, &error),
+        };
         output.result(&report, || summary(&report));
         Ok(exit_code(&report))
     }
 
     /// An earlier attempt is in doubt: asks its destination.
-    fn resolve(
-        &self,
-        output: Output,
-        mut source: ServiceClient,
-        earlier: MigrationId,
-    ) -> Result<ExitCode, Failure> {
+    fn resolve(&self, output: Output, mut source: ServiceClient, earlier: MigrationId) -> ExitCode {
         eprintln!(
             "gleaner: migration {earlier} is in doubt, asking {}",
             self.to
         );
-        let outcome = query(&self.to, earlier, QUERY_PATIENCE).map_err(|error| Failure {
-            reason: format!(
-                "migration {earlier} stays in doubt, the guest stays stopped here: {error}"
+        let answer = query(&self.to, earlier, QUERY_PATIENCE)
+            .map_err(|e| e.to_string())
+            .and_then(|outcome| resolve(&mut source, outcome).map_err(|e| e.to_string()));
+        // Whatever went wrong, the service has not let the guest go on.
+        let (status, reason) = match answer {
+            Ok(Status::Completed) => (
+                Status::Completed,
+                "the guest runs at the destination".to_string(),
             ),
-            output,
-        })?;
-        let status = resolve(&mut source, outcome).map_err(output.failure())?;
-        let reason = match status {
-            Status::Completed => "the guest runs at the destination",
-            Status::Failed | Status::Cancelled => {
-                "the destination never ran the guest; it runs on here"
-            }
-            Status::InDoubt => "the destination does not know; the guest stays stopped here",
+            Ok(status @ (Status::Failed | Status::Cancelled)) => (
+                status,
+                "the destination never ran the guest; it runs on here".into(),
+            ),
+            Ok(Status::InDoubt) => (
+                Status::InDoubt,
+                "the destination does not know of it; the guest stays stopped here".into(),
+            ),
+            Err(error) => (
+                Status::InDoubt,
+                format!("{error}; the guest stays stopped here"),
+            ),
         };
-        let object =
-            json!({"status": status, "reason": reason, "migration_id": earlier.to_string()});
-        output.result(&object, || format!("migration {earlier}: {reason}"));
-        Ok(match status {
-            Status::Completed => ExitCode::SUCCESS,
-            _ => ExitCode::FAILURE,
-        })
+        let reason = format!("migration {earlier}: {reason}");
+        let mut report = Report::new(earlier);
+        report.status = status;
+        report.reason = Some(reason.clone());
+        output.result(&report, || reason);
+        exit_code(&report)
     }
+}
+
+/// It failed before a byte was sent.
+fn failed(id: MigrationId, error: &dyn std::error::Error) -> Report {
+    let mut report = Report::new(id);
+    report.status = Status::Failed;
+    report.reason = Some(error.to_string());
+    report
 }
 
 /// What happened, for people.
