@@ -4,15 +4,20 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use gleaner_migrate::{Address, Listener, Stream};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 
 use super::message::{Response, receive_request, send_response};
 use super::session::Session;
 use crate::{Error, Hooks, LocalSource, Result, Tracker};
+
+/// Between two looks whether an agent that has gone is cleaned up after.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A service's socket, before there is anything to serve. Agents that connect wait until it is served; dropping it removes
 /// it, and they hear that it is gone.
@@ -120,7 +125,7 @@ fn accept<F>(
             }
             let session = &session;
             scope.spawn(move || {
-                if let Err(error) = connection(stream, session, current) {
+                if let Err(error) = connection(stream, session, ended, current) {
                     tracing::info!(%error, "agent");
                 }
             });
@@ -131,6 +136,7 @@ fn accept<F>(
 fn connection<F>(
     mut stream: UnixStream,
     session: &Mutex<Session<LocalSource, F>>,
+    ended: &AtomicBool,
     current: &Mutex<Option<UnixStream>>,
 ) -> io::Result<()>
 where
@@ -146,11 +152,16 @@ where
         );
         return send_response(&mut stream, &Response::Error(text), None);
     }
-    let Ok(mut session) = session.try_lock() else {
+    let Some(mut session) = take(session, ended, current) else {
         let text = "another agent is attached: wait until it has finished, or end it".into();
         return send_response(&mut stream, &Response::Error(text), None);
     };
     *lock(current) = Some(stream.try_clone()?);
+    if ended.load(Ordering::SeqCst) {
+        // Whoever ended the service may have looked before there was something to hang up on.
+        *lock(current) = None;
+        return Ok(());
+    }
     let outcome = (|| {
         while let Some(request) = receive_request(&mut stream)? {
             tracing::debug!(?request, "agent");
@@ -164,7 +175,38 @@ where
     outcome
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+/// The session, unless another agent has it. One that has hung up is waited for: it is being cleaned up after.
+fn take<'s, S>(
+    session: &'s Mutex<S>,
+    ended: &AtomicBool,
+    current: &Mutex<Option<UnixStream>>,
+) -> Option<MutexGuard<'s, S>> {
+    loop {
+        match session.try_lock() {
+            Ok(session) => return Some(session),
+            // The attempt that panicked is over as if its agent had gone.
+            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {}
+        }
+        // None: one that is about to come, or about to be done.
+        if ended.load(Ordering::SeqCst) || lock(current).as_ref().is_some_and(is_there) {
+            return None;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Whether an agent has not hung up.
+fn is_there(agent: &UnixStream) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(agent, PollFlags::empty())];
+    poll(&mut fds, Some(&now)).is_err() || !fds[0].revents().contains(PollFlags::HUP)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
