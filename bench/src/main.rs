@@ -1,0 +1,140 @@
+//! Gleaner's figures.
+//!
+//! Each row puts what Gleaner reached beside its aim. Wherever it can, the aim is a ratio to something that is measured in
+//! the same process, turn about with it: the same KVM calls without Gleaner, the same socket without the stream, the same
+//! bits with a plain loop. Only such ratios carry from one machine to another.
+
+// Bits, pages and nanoseconds are counted in 64 bits on 64-bit hosts, and become f64 for ratios.
+#![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
+
+mod blackout;
+mod gate;
+mod harvest;
+mod kernels;
+mod row;
+mod sample;
+mod vm;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use row::Row;
+
+/// What goes wrong ends the run: a figure that could not be taken is no figure.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+/// See [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Measures Gleaner beside what it is to be compared with.
+#[derive(Parser)]
+#[command(
+    name = "gleaner-bench",
+    after_help = "Example: gleaner-bench blackout wire --json"
+)]
+struct Options {
+    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, wire. All unless given.
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Print one JSON object on standard output.
+    #[arg(long)]
+    json: bool,
+    /// Quick: that outputs are equal is checked, times are printed and never a failure.
+    #[arg(long)]
+    short: bool,
+    /// Also what takes long: slots of 8 GiB.
+    #[arg(long)]
+    long: bool,
+}
+
+/// How much is measured, and which rows.
+pub struct Plan {
+    names: Vec<String>,
+    /// Quick.
+    pub short: bool,
+    /// Also what takes long.
+    pub long: bool,
+}
+
+impl Plan {
+    /// Whether a row is wanted.
+    #[must_use]
+    pub fn wants(&self, name: &str) -> bool {
+        self.names.is_empty() || self.names.iter().any(|n| name.starts_with(n.as_str()))
+    }
+
+    /// Whether some row of a topic is wanted.
+    fn wants_topic(&self, topic: &str) -> bool {
+        self.names.is_empty()
+            || self
+                .names
+                .iter()
+                .any(|n| n.starts_with(topic) || topic.starts_with(n.as_str()))
+    }
+
+    /// `full`, or `quick` when it has to be quick.
+    #[must_use]
+    pub const fn pick(&self, full: usize, quick: usize) -> usize {
+        if self.short { quick } else { full }
+    }
+}
+
+type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
+
+/// Topics, whether they need KVM, and what measures them.
+const TOPICS: [Topic; 5] = [
+    ("kernels", false, kernels::rows),
+    ("gate", true, gate::rows),
+    ("harvest", true, harvest::rows),
+    ("blackout", true, blackout::rows),
+    ("wire", false, wire::rows),
+];
+
+fn run(options: &Options) -> Result<Vec<Row>> {
+    let plan = Plan {
+        names: options.names.clone(),
+        short: options.short,
+        long: options.long,
+    };
+    let kvm = kvm_ioctls::Kvm::new();
+    let mut rows = Vec::new();
+    for (topic, needs_kvm, measure) in TOPICS {
+        if !plan.wants_topic(topic) {
+            continue;
+        }
+        if let (true, Err(error)) = (needs_kvm, &kvm) {
+            eprintln!("gleaner-bench: {topic} skipped: /dev/kvm: {error}");
+            continue;
+        }
+        for row in measure(&plan)? {
+            if !options.json {
+                println!("{row}");
+            }
+            rows.push(row);
+        }
+    }
+    Ok(rows)
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let rows = match run(&options) {
+        Ok(rows) => rows,
+        Err(error) => {
+            eprintln!("gleaner-bench: {error}");
+            if options.json {
+                println!("{}", serde_json::json!({ "error": error.to_string() }));
+            }
+            return ExitCode::FAILURE;
+        }
+    };
+    if options.json {
+        println!("{}", serde_json::json!({ "rows": rows }));
+    }
+    if rows.is_empty() {
+        eprintln!("gleaner-bench: nothing was measured");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,111 @@
+//! What is printed.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::sample::Spread;
+
+/// Whether an aim was reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It was.
+    Ok,
+    /// It was not.
+    Short,
+}
+
+/// One figure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    name: String,
+    /// As text, with its unit.
+    aim: String,
+    /// The median, with its unit.
+    reached: String,
+    verdict: Verdict,
+    /// First and third quartile, with the unit.
+    spread: String,
+    /// What was measured, and beside what.
+    compared: String,
+}
+
+/// How an aim is stated.
+#[derive(Clone, Copy, Debug)]
+pub enum Aim {
+    /// Less is better: at most this.
+    AtMost(f64),
+    /// More is better: at least this.
+    AtLeast(f64),
+}
+
+impl Row {
+    /// A row: `value` in `unit` against `aim`.
+    pub fn new(
+        name: impl Into<String>,
+        aim: Aim,
+        value: Spread,
+        unit: &str,
+        compared: impl Into<String>,
+    ) -> Self {
+        let (text, good) = match aim {
+            Aim::AtMost(most) => (format!("<= {}", told(most, unit)), value.median <= most),
+            Aim::AtLeast(least) => (format!(">= {}", told(least, unit)), value.median >= least),
+        };
+        Self {
+            name: name.into(),
+            aim: text,
+            reached: told(value.median, unit),
+            verdict: if good { Verdict::Ok } else { Verdict::Short },
+            spread: format!("{}..{}", told(value.low, unit), told(value.high, unit)),
+            compared: compared.into(),
+        }
+    }
+}
+
+/// A number as people read it: as many digits as it is worth.
+fn told(value: f64, unit: &str) -> String {
+    let digits = match value.abs() {
+        0.0..9.995 => 2,
+        9.995..99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$} {unit}")
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Short => "short",
+        };
+        write!(
+            f,
+            "{:<34} aim {:<14} reached {:<14} {verdict:<6} [{}] {}",
+            self.name, self.aim, self.reached, self.spread, self.compared
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(aim: Aim, median: f64) -> Verdict {
+        let value = Spread {
+            low: 0.0,
+            median,
+            high: 9.0,
+        };
+        Row::new("x", aim, value, "ns", "").verdict
+    }
+
+    #[test]
+    fn aims_have_a_direction() {
+        assert_eq!(verdict(Aim::AtMost(5.0), 5.0), Verdict::Ok);
+        assert_eq!(verdict(Aim::AtMost(5.0), 5.1), Verdict::Short);
+        assert_eq!(verdict(Aim::AtLeast(5.0), 5.0), Verdict::Ok);
+        assert_eq!(verdict(Aim::AtLeast(5.0), 4.9), Verdict::Short);
+    }
+}
