@@ -163,17 +163,22 @@ impl Gate {
         Closed { gate: self }
     }
 
-    fn open(&self) {
+    /// Opens the gate, and says when it was open: a thread that is woken may take the CPU from this one.
+    fn open(&self) -> Instant {
         let inner = self.lock();
         if inner.kept || self.word.load(Ordering::SeqCst) & CLOSED == 0 {
-            return;
+            return Instant::now();
         }
         // Still closed, so all are out: no KVM_RUN is interrupted for a transaction that is over.
         for seat in &inner.seats {
             seat.run.set_immediate_exit(false);
         }
         self.word.fetch_and(!CLOSED, Ordering::SeqCst);
+        let opened = Instant::now();
+        // Not under the lock, which each of those who wake takes first. They look at the word under it before they wait.
+        drop(inner);
         self.changed.notify_all();
+        opened
     }
 
     /// Ends all vCPU threads: every [`Seat::run`] returns [`Turn::Shutdown`] from now on.
@@ -230,6 +235,13 @@ impl Gate {
 }
 
 impl Closed<'_> {
+    /// Opens the gate, and says when it was open.
+    pub(crate) fn open(self) -> Instant {
+        let gate = self.gate;
+        std::mem::forget(self);
+        gate.open()
+    }
+
     /// Leaves the gate closed for good, whoever else closes it and lets go: a guest whose memory is not what it should be
     /// must not run.
     pub(crate) fn keep(&self) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use gleaner_bitmap::{Generation, PageBitmap, SlotKey};
 
-/// The time in which the gate was closed, by part.
+/// The time in which the gate was closed, by part. How soon a vCPU's thread gets a CPU after that is the scheduler's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Blackout {
     /// Until every vCPU was out of `KVM_RUN`.
@@ -14,7 +14,7 @@ pub struct Blackout {
     pub harvest: Duration,
     /// KVM's own calls.
     pub calls: Duration,
-    /// Everything else: external logs, the caller's `publish`, opening the gate.
+    /// Everything else: external logs, the caller's `publish`, until the gate is open.
     pub rest: Duration,
 }
 

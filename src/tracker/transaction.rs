@@ -273,10 +273,10 @@ impl Shared {
         }
         state.layout = Arc::clone(new);
         publish(new);
-        drop(closed);
+        let opened = closed.open();
         let blackout = &mut report.blackout;
-        blackout.rest = start
-            .elapsed()
+        blackout.rest = opened
+            .duration_since(start)
             .saturating_sub(blackout.kick + blackout.harvest + blackout.calls);
         // 6. The guest runs again: where its dirty pages are now.
         if let Some(remap) = remap {
