@@ -85,6 +85,16 @@ impl Block {
                 memory: bytes,
             });
         }
+        let needed = libc::PROT_READ | libc::PROT_WRITE;
+        if region.prot() & needed != needed {
+            return Err(Error::Memory {
+                block: name.into(),
+                source: io::Error::new(
+                    io::ErrorKind::PermissionDenied,
+                    "the region is not mapped for reading and writing",
+                ),
+            });
+        }
         let info = BlockInfo::new(log.block(), name, bytes)?;
         Ok(Self { info, region })
     }
@@ -193,7 +203,7 @@ impl Block {
 
     /// The memory as KVM is told of it.
     pub(crate) fn host(&self) -> HostRange {
-        // SAFETY: the region is mapped readable and writable for as long as the Arc that goes along lives, and this crate
+        // SAFETY: the region is mapped readable and writable (checked by `from_region`) for as long as the Arc that goes along lives, and this crate
         // never makes a reference into it: all access is by volatile slices.
         unsafe {
             HostRange::new(

@@ -135,6 +135,31 @@ pub enum Error {
     /// The guest is stopped already.
     #[error("the guest is stopped already")]
     AlreadyStopped,
+    /// The guest runs elsewhere; letting it go on here would make two of it.
+    #[error("the guest has migrated away: it can't go on here")]
+    MigratedAway,
+    /// The guest is stopped for a switchover: its layout is what the destination builds, and stays as it is.
+    #[error(
+        "the guest is stopped for a switchover: its memory slots can't change before it runs again, here or there"
+    )]
+    Stopped,
+    /// The VMM's writers did not finish. The guest runs on.
+    #[error("a writer of the VMM's did not finish within {} s: is it waiting for somebody while it holds its token?", .0.as_secs())]
+    WritersBusy(std::time::Duration),
+    /// A block came back after it had been removed.
+    #[error(
+        "block \"{block}\" was removed before: a block's id is never used again, make a new block of the same memory"
+    )]
+    BlockReused {
+        /// Its name.
+        block: String,
+    },
+    /// A seat was asked to run another vCPU than the one it was registered for.
+    #[error("this seat is that of vCPU {vcpu}, it can't run another one")]
+    OtherVcpu {
+        /// The vCPU of the seat.
+        vcpu: u64,
+    },
     /// The guest is not stopped.
     #[error("the guest is not stopped")]
     NotStopped,

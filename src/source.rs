@@ -32,8 +32,21 @@ pub trait Hooks: Send {
     fn migrated_away(&mut self);
 }
 
-/// A [`Source`] on a tracker in this process. Its consumer is bound to one attempt: it starts all-dirty, because nothing is
-/// known of what the destination holds.
+/// Where the guest is.
+#[derive(Debug)]
+enum Guest {
+    /// It runs here.
+    Running,
+    /// It is stopped here.
+    Stopped(StoppedGuest),
+    /// It may run elsewhere: only a proven refusal lets it go on here.
+    Relinquished(StoppedGuest),
+    /// It runs elsewhere, and never here again.
+    Away(StoppedGuest),
+}
+
+/// A [`Source`] on a tracker in this process, for one attempt: its consumer starts all-dirty, because nothing is known of
+/// what the destination holds, and is gone when the attempt has ended. Another attempt takes another `LocalSource`.
 ///
 /// Dropped before [`Source::relinquish`], the guest goes on; dropped after it, the guest must not be let go on, so the
 /// stopped guest is leaked: it may be running elsewhere.
@@ -43,8 +56,7 @@ pub struct LocalSource {
     consumer: Option<Consumer>,
     leases: BTreeMap<LeaseId, Leased>,
     next_lease: u64,
-    stopped: Option<StoppedGuest>,
-    relinquished: bool,
+    guest: Guest,
     transactions_before: u64,
 }
 
@@ -52,7 +64,7 @@ impl std::fmt::Debug for LocalSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LocalSource")
             .field("leases", &self.leases.len())
-            .field("relinquished", &self.relinquished)
+            .field("guest", &self.guest)
             .finish_non_exhaustive()
     }
 }
@@ -69,8 +81,7 @@ impl LocalSource {
             hooks,
             leases: BTreeMap::new(),
             next_lease: 0,
-            stopped: None,
-            relinquished: false,
+            guest: Guest::Running,
             transactions_before: tracker.transactions(),
         })
     }
@@ -90,16 +101,16 @@ impl LocalSource {
         self.tracker.block(id).or_else(leased)
     }
 
-    /// Whether the guest may be running elsewhere.
-    #[must_use]
-    pub const fn is_relinquished(&self) -> bool {
-        self.relinquished
-    }
-
     fn consumer(&self) -> Result<&Consumer> {
         self.consumer
             .as_ref()
             .ok_or_else(|| MigrateError::source(gleaner_bitmap::Error::ConsumerGone))
+    }
+
+    /// What the destination of this attempt has says nothing about the next one's.
+    fn end_attempt(&mut self) {
+        self.leases.clear();
+        self.consumer = None;
     }
 
     fn take(&mut self, lease: LeaseId) -> Result<Leased> {
@@ -153,49 +164,69 @@ impl Source for LocalSource {
 
     fn stop(&mut self) -> Result<()> {
         let hooks = &mut self.hooks;
-        let stopped = self
-            .tracker
-            .stop(|| hooks.pause_devices())
-            .map_err(MigrateError::source)?;
-        self.stopped = Some(stopped);
-        Ok(())
+        match self.tracker.stop(|| hooks.pause_devices()) {
+            Ok(stopped) => {
+                self.guest = Guest::Stopped(stopped);
+                Ok(())
+            }
+            Err(error) => {
+                // Some devices may be paused already; the guest runs.
+                self.hooks.resume();
+                Err(MigrateError::source(error))
+            }
+        }
     }
 
     fn state(&mut self) -> Result<Vec<u8>> {
-        let stopped = self
-            .stopped
-            .as_ref()
-            .ok_or_else(|| MigrateError::source(Error::NotStopped))?;
+        let Guest::Stopped(stopped) = &self.guest else {
+            return Err(MigrateError::source(Error::NotStopped));
+        };
         self.hooks
             .save(stopped.vcpus())
             .map_err(|reason| MigrateError::source(Error::DeviceState { reason }))
     }
 
     fn relinquish(&mut self) -> Result<()> {
-        if self.stopped.is_none() {
-            return Err(MigrateError::source(Error::NotStopped));
+        match std::mem::replace(&mut self.guest, Guest::Running) {
+            Guest::Stopped(stopped) => {
+                self.guest = Guest::Relinquished(stopped);
+                Ok(())
+            }
+            other => {
+                self.guest = other;
+                Err(MigrateError::source(Error::NotStopped))
+            }
         }
-        self.relinquished = true;
-        Ok(())
     }
 
     fn complete(&mut self) -> Result<()> {
-        if !self.relinquished {
-            return Err(MigrateError::source(Error::NotStopped));
+        match std::mem::replace(&mut self.guest, Guest::Running) {
+            Guest::Relinquished(stopped) => {
+                self.guest = Guest::Away(stopped);
+                self.end_attempt();
+                self.hooks.migrated_away();
+                Ok(())
+            }
+            other => {
+                self.guest = other;
+                Err(MigrateError::source(Error::NotStopped))
+            }
         }
-        self.leases.clear();
-        self.consumer = None;
-        self.hooks.migrated_away();
-        Ok(())
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.relinquished = false;
-        self.leases.clear();
-        if let Some(stopped) = self.stopped.take() {
-            self.hooks.resume();
-            drop(stopped);
+        match std::mem::replace(&mut self.guest, Guest::Running) {
+            Guest::Running => {}
+            Guest::Stopped(stopped) | Guest::Relinquished(stopped) => {
+                self.hooks.resume();
+                drop(stopped);
+            }
+            away @ Guest::Away(_) => {
+                self.guest = away;
+                return Err(MigrateError::source(Error::MigratedAway));
+            }
         }
+        self.end_attempt();
         Ok(())
     }
 
@@ -206,11 +237,15 @@ impl Source for LocalSource {
 
 impl Drop for LocalSource {
     fn drop(&mut self) {
-        if self.relinquished {
-            // The guest may run elsewhere: here it stays stopped until the process ends.
-            std::mem::forget(self.stopped.take());
-        } else if self.stopped.is_some() {
-            self.hooks.resume();
+        match std::mem::replace(&mut self.guest, Guest::Running) {
+            Guest::Running => {}
+            // Before the consumer goes: switching the log off takes time that the guest need not wait for.
+            Guest::Stopped(stopped) => {
+                self.hooks.resume();
+                drop(stopped);
+            }
+            // It may run elsewhere: here it stays stopped until the process ends.
+            Guest::Relinquished(stopped) | Guest::Away(stopped) => std::mem::forget(stopped),
         }
     }
 }

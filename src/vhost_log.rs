@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use gleaner_bitmap::{Collected, Layout, PAGE_SIZE, Runs, Slot};
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::ExternalLog;
 
@@ -51,8 +51,11 @@ fn pages_of(layout: &Layout) -> u64 {
 /// A log for so many pages, in a memfd that the backend can map.
 fn allocate(pages: u64) -> io::Result<(File, MmapRaw)> {
     let bytes = pages.div_ceil(64) * 8;
-    let file = File::from(memfd_create("vhost-log", MemfdFlags::CLOEXEC)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("vhost-log", flags)?);
     file.set_len(bytes)?;
+    // A backend that truncates it would end this process by SIGBUS.
+    fcntl_add_seals(&file, SealFlags::SHRINK)?;
     let len = usize::try_from(bytes).map_err(io::Error::other)?;
     let map = MmapOptions::new().len(len).map_raw(&file)?;
     Ok((file, map))

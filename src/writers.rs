@@ -1,6 +1,9 @@
 //! The VMM's own writers of guest memory, counted so that the last harvest can wait for them.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::{Error, Result};
 
 /// Counts the VMM's writers. A write and its mark in the block's log happen under one [`Writing`]; the last harvest of a
 /// switchover comes after [`Writers::quiet`], so it finds every mark.
@@ -64,18 +67,32 @@ impl Writers {
         Some(Writing(Arc::clone(&self.0)))
     }
 
-    /// Lets nobody in any more and waits for those inside. vCPU threads have to be parked before: their exit handlers
-    /// write too.
-    pub fn quiet(&self) -> QuietWriters {
-        let mut state = self.0.lock();
-        while state.quiet {
-            state = self.0.wait(state);
+    /// Lets nobody in any more and waits for those inside, for `limit` at most. vCPU threads have to be parked before: their
+    /// exit handlers write too.
+    ///
+    /// # Errors
+    /// [`Error::WritersBusy`]: somebody holds on to a token, perhaps while waiting for who calls this. Writers go on.
+    pub fn quiet(&self, limit: Duration) -> Result<QuietWriters> {
+        let deadline = Instant::now() + limit;
+        let wait = |state, until: fn(&mut State) -> bool| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let waited = self.0.changed.wait_timeout_while(state, left, until);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        };
+        let mut state = wait(self.0.lock(), |s| s.quiet);
+        if state.quiet {
+            return Err(Error::WritersBusy(limit));
         }
         state.quiet = true;
-        while state.writing > 0 {
-            state = self.0.wait(state);
+        let state = wait(state, |s| s.writing > 0);
+        let unfinished = state.writing > 0;
+        drop(state);
+        // Dropped on the error's path, it lets writers go on.
+        let quiet = QuietWriters(Arc::clone(&self.0));
+        if unfinished {
+            return Err(Error::WritersBusy(limit));
         }
-        QuietWriters(Arc::clone(&self.0))
+        Ok(quiet)
     }
 }
 
@@ -99,13 +116,24 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
+    fn a_writer_that_does_not_finish_makes_quiet_fail_and_keeps_nobody_out() {
+        let writers = Writers::default();
+        let _stuck = writers.enter();
+        assert!(matches!(
+            writers.quiet(Duration::ZERO),
+            Err(Error::WritersBusy(_))
+        ));
+        assert!(writers.try_enter().is_some());
+    }
+
+    #[test]
     fn quiet_waits_for_an_unfinished_write_and_keeps_new_ones_out() {
         let writers = Writers::default();
         let (finished, entered) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|s| {
             let writing = writers.enter();
             let quiet = s.spawn(|| {
-                let quiet = writers.quiet();
+                let quiet = writers.quiet(Duration::from_secs(60)).unwrap();
                 assert!(
                     finished.load(Ordering::SeqCst),
                     "quiet with a write unfinished"

@@ -334,15 +334,16 @@ fn a_block_or_range_that_is_not_there_can_not_be_discarded() {
     }
     let hand = Hand::new(Tracking::Bitmap);
     let block = hand.plug("a", 65, 1, gpa(0));
+    let writing = hand.tracker.writers().enter();
     let unknown = hand
         .tracker
-        .discard(BlockId(u64::MAX), PageRange::new(0, 1));
+        .discard(&writing, BlockId(u64::MAX), PageRange::new(0, 1));
     assert!(matches!(
         unknown,
         Err(Error::Bitmap(Bad::UnknownBlock { .. }))
     ));
     for range in [PageRange::new(65, 1), PageRange::new(1, u64::MAX)] {
-        let outside = hand.tracker.discard(block.id(), range);
+        let outside = hand.tracker.discard(&writing, block.id(), range);
         assert!(matches!(
             outside,
             Err(Error::Bitmap(Bad::OutsideBlock { .. }))

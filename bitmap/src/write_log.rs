@@ -103,6 +103,15 @@ impl WriteLog {
         self.window.len == 0
     }
 
+    /// Drops all marks: whoever takes the block takes all of its pages anyway.
+    pub fn forget(&self) {
+        for word in &self.log.words {
+            if word.load(Ordering::Relaxed) != 0 {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// A window on some pages of this window, for a region that maps only those.
     ///
     /// # Errors

@@ -1,11 +1,13 @@
 //! The dirty rings of all vCPUs as one dirty source.
 
+use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gleaner_bitmap::{Collected, DirtySource, Layout, Rearm, Scope, Slot, SlotKey};
 
-use crate::{DirtyRing, Kvm, Result, with_signals_blocked};
+use crate::{DirtyRing, Error, Kvm, Result, with_signals_blocked};
 
 /// Calls of RESET without progress after which the rest is left to healing.
 const RESET_ATTEMPTS: u32 = 64;
@@ -28,6 +30,8 @@ impl RingHandle {
 #[derive(Debug)]
 struct Ring {
     vcpu: u64,
+    /// Descriptor of the vCPU, to tell it from another of the same id.
+    fd: RawFd,
     ring: DirtyRing,
     handle: Arc<RingHandle>,
     /// Times in a row that the vCPU found its ring full and no entry could be read.
@@ -71,18 +75,27 @@ impl RingSource {
     /// again, with another thread, goes on where it was, and so must its reader.
     ///
     /// # Errors
-    /// That of `map`, which is asked for a ring that is not known yet.
+    /// [`Error::MapRing`] when `fd` is not that of the vCPU known by this id; else that of `map`, which is asked for a ring that is not known yet.
     pub fn add(
         &mut self,
         vcpu: u64,
+        fd: RawFd,
         map: impl FnOnce() -> Result<DirtyRing>,
     ) -> Result<Arc<RingHandle>> {
         if let Some(known) = self.rings.iter().find(|r| r.vcpu == vcpu) {
+            if known.fd != fd {
+                // Another vCPU under this id: its own ring would be in no harvest.
+                return Err(Error::MapRing {
+                    vcpu,
+                    source: io::ErrorKind::AlreadyExists.into(),
+                });
+            }
             return Ok(Arc::clone(&known.handle));
         }
         let handle = Arc::new(RingHandle::default());
         self.rings.push(Ring {
             vcpu,
+            fd,
             ring: map()?,
             handle: Arc::clone(&handle),
             full_but_empty: 0,

@@ -19,7 +19,7 @@
 //! kick that is cleared by mistake has set the word before, which the seat then sees.
 //!
 //! *Closing* is for slot transactions: all out of `KVM_RUN`, wherever else they are. *Stopping* is for the switchover:
-//! all threads parked in [`Parked::serve`], with pending I/O completed.
+//! all threads parked in [`Drained::serve`], with pending I/O completed.
 
 mod parked;
 mod run_page;
@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-pub use parked::{Parked, StoppedVcpus};
+pub use parked::{Drained, Parked, StoppedVcpus};
 use run_page::RunPage;
 pub use seat::{RingFull, Seat, Turn};
 

@@ -21,24 +21,42 @@ impl fmt::Debug for Parked<'_> {
     }
 }
 
+/// A vCPU thread whose last exit is complete: its state can be saved.
+#[must_use = "the thread has to serve, or whoever stops the guest waits in vain"]
+pub struct Drained<'a>(Parked<'a>);
+
+impl fmt::Debug for Drained<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Drained").field(self.0.seat).finish()
+    }
+}
+
 impl<'a> Parked<'a> {
     pub(super) fn new(seat: &'a Seat, vcpu: &'a mut VcpuFd) -> Self {
         Self { seat, vcpu }
     }
 
     /// Lets KVM complete the I/O of the last exit: an unfinished `in` or MMIO read is part of no saved state. It may write
-    /// guest memory, which the last harvest then sees. An exit that follows is to be handled like any other, and this called
-    /// again, until there is none.
+    /// guest memory, which the last harvest then sees. Exits that follow are handled by `handle`, like any other.
     ///
     /// # Errors
-    /// [`Error::VcpuRun`].
-    pub fn complete_io(&mut self) -> Result<Option<VcpuExit<'_>>> {
-        self.seat.complete_io(self.vcpu)
+    /// [`Error::VcpuRun`], and what `handle` returns.
+    pub fn complete_io<E: From<Error>>(
+        self,
+        mut handle: impl FnMut(VcpuExit<'_>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Drained<'a>, E> {
+        while let Some(exit) = self.seat.complete_io(self.vcpu)? {
+            handle(exit)?;
+        }
+        Ok(Drained(self))
     }
+}
 
+impl Drained<'_> {
     /// Parks the thread until the guest goes on (here or nowhere), saving the vCPU's state with `save` when it is asked for.
     pub fn serve(self, mut save: impl FnMut(&mut VcpuFd) -> std::result::Result<Vec<u8>, String>) {
-        let (gate, state) = self.seat.shared();
+        let Parked { seat, vcpu } = self.0;
+        let (gate, state) = seat.shared();
         let id = state.vcpu;
         let mut inner = gate.lock();
         inner.parked.push(id);
@@ -47,7 +65,7 @@ impl<'a> Parked<'a> {
             if let Some(at) = inner.saving.iter().position(|&v| v == id) {
                 inner.saving.swap_remove(at);
                 drop(inner);
-                let answer = save(self.vcpu);
+                let answer = save(vcpu);
                 inner = gate.lock();
                 inner.saved.push((id, answer));
                 gate.changed.notify_all();

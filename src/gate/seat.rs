@@ -4,6 +4,7 @@
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -27,7 +28,7 @@ pub trait RingFull: Send {
 pub enum Turn<'a> {
     /// An exit that the VMM handles.
     Exit(VcpuExit<'a>),
-    /// The guest is being stopped: complete pending I/O, then [`Parked::serve`].
+    /// The guest is being stopped: complete pending I/O, then [`Drained::serve`](super::Drained::serve).
     Stopped(Parked<'a>),
     /// The thread is to end.
     Shutdown,
@@ -38,6 +39,8 @@ pub struct Seat {
     gate: Arc<Gate>,
     state: Arc<SeatState>,
     ring: Option<Box<dyn RingFull>>,
+    /// Descriptor of the vCPU it was registered for.
+    fd: RawFd,
     _thread: PhantomData<*const ()>,
 }
 
@@ -71,6 +74,7 @@ impl Seat {
             gate: Arc::clone(gate),
             state,
             ring,
+            fd: vcpu.as_raw_fd(),
             _thread: PhantomData,
         })
     }
@@ -129,8 +133,14 @@ impl Seat {
     /// `KVM_RUN` repeated, and a full dirty ring emptied, all inside.
     ///
     /// # Errors
-    /// [`Error::VcpuRun`] when `KVM_RUN` fails for another reason; [`Error::Reaper`] when a full ring can't be emptied.
+    /// [`Error::OtherVcpu`] for a vCPU that the seat was not registered for: a kick would not reach it, nor the harvest its
+    /// ring. [`Error::VcpuRun`] when `KVM_RUN` fails for another reason; [`Error::Reaper`] when a full ring can't be emptied.
     pub fn run<'a>(&'a mut self, vcpu: &'a mut VcpuFd) -> Result<Turn<'a>> {
+        if vcpu.as_raw_fd() != self.fd {
+            return Err(Error::OtherVcpu {
+                vcpu: self.state.vcpu,
+            });
+        }
         loop {
             if let Err(word) = self.enter(CLOSED | STOP | SHUTDOWN) {
                 if word & SHUTDOWN != 0 {

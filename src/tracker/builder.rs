@@ -1,6 +1,6 @@
 //! Building a tracker.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
@@ -134,6 +134,8 @@ impl TrackerBuilder {
                 harvester: Harvester::default(),
                 external: Vec::new(),
                 unlogged: Vec::new(),
+                retired: BTreeSet::new(),
+                frozen: false,
                 logging: false,
                 broken: false,
             }),

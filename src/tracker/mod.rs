@@ -13,9 +13,11 @@ mod reaper;
 mod report;
 mod transaction;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use gleaner_bitmap::{
     BlockId, DirtyStore, HarvestReport, Harvester, Layout, PageBitmap, PageRange, SlotKey, Start,
@@ -31,7 +33,7 @@ pub use report::{Blackout, TransactionReport};
 pub use transaction::Transaction;
 
 use crate::gate::{Gate, Seat, StoppedVcpus};
-use crate::writers::{QuietWriters, Writers};
+use crate::writers::{QuietWriters, Writers, Writing};
 use crate::{Block, Error, ExternalLog, Result};
 use reaper::{Reaper, RingRequest};
 
@@ -50,6 +52,10 @@ struct State {
     external: Vec<Box<dyn ExternalLog>>,
     /// Devices that write guest memory and report nothing.
     unlogged: Vec<String>,
+    /// Blocks that were removed: their ids may still be in leases.
+    retired: BTreeSet<BlockId>,
+    /// The guest is stopped for a switchover: the destination builds this layout.
+    frozen: bool,
     /// Slots carry the log flag, because a consumer exists.
     logging: bool,
     /// A rollback failed: tracker and KVM no longer agree.
@@ -151,7 +157,8 @@ impl Tracker {
                 let KvmLog::Ring(source) = &mut state.log else {
                     unreachable!("ring mode has a ring source: both are set once, by the builder");
                 };
-                let handle = source.add(id, || DirtyRing::map(vcpu, id, bytes))?;
+                let handle =
+                    source.add(id, vcpu.as_raw_fd(), || DirtyRing::map(vcpu, id, bytes))?;
                 Some(Box::new(RingRequest::new(
                     Arc::clone(&self.0.reaper),
                     handle,
@@ -200,8 +207,20 @@ impl Tracker {
     }
 
     /// Takes a device that writes guest memory and keeps a log of it.
-    pub fn attach(&self, log: Box<dyn ExternalLog>) {
-        self.0.lock().external.push(log);
+    ///
+    /// # Errors
+    /// [`Error::ExternalLog`] when it can't follow the layout in force; it is not attached then.
+    pub fn attach(&self, mut log: Box<dyn ExternalLog>) -> Result<()> {
+        let mut state = self.0.lock();
+        // It may have been made for an earlier layout.
+        let told = log.pause().and_then(|()| log.layout_changed(&state.layout));
+        log.resume();
+        told.map_err(|reason| Error::ExternalLog {
+            device: log.name(),
+            reason,
+        })?;
+        state.external.push(log);
+        Ok(())
     }
 
     /// Takes a device that writes guest memory and reports nothing. While it is there, no consumer can be.
@@ -219,17 +238,26 @@ impl Tracker {
         Ok(())
     }
 
-    /// Takes a device away, by name. A device with a log is harvested a last time.
+    /// Takes a device away, by name. A device with a log is paused for good and harvested a last time.
     ///
     /// # Errors
-    /// Those of [`Tracker::harvest`]; the device is still attached then.
+    /// [`Error::ExternalLog`] and those of [`Tracker::harvest`]; the device is still attached and goes on then.
     pub fn detach(&self, device: &str) -> Result<()> {
         let mut state = self.0.lock();
-        state.unlogged.retain(|d| d != device);
-        if state.external.iter().any(|l| l.name() == device) {
-            self.0.harvest_all(&mut state)?;
-            state.external.retain(|l| l.name() != device);
+        if let Some(at) = state.external.iter().position(|l| l.name() == device) {
+            let paused = state.external[at]
+                .pause()
+                .map_err(|reason| Error::ExternalLog {
+                    device: device.into(),
+                    reason,
+                });
+            if let Err(error) = paused.and_then(|()| self.0.harvest_all(&mut state)) {
+                state.external[at].resume();
+                return Err(error);
+            }
+            drop(state.external.remove(at));
         }
+        state.unlogged.retain(|d| d != device);
         Ok(())
     }
 
@@ -242,24 +270,24 @@ impl Tracker {
         Some(all.get(&slot.block)?.slice(slot.range))
     }
 
-    /// Gives pages of a block back to the host: see [`Block::discard`]. For every consumer it is a write of zeros.
+    /// Gives pages of a block back to the host: see [`Block::discard`]. For every consumer it is a write of zeros, which is
+    /// why it takes a writer's token.
     ///
     /// # Errors
     /// [`Error::Bitmap`] for a block or range that is not there; those of [`Block::discard`].
-    pub fn discard(&self, block: BlockId, range: PageRange) -> Result<()> {
-        let _writing = self.writers().enter();
+    pub fn discard(&self, _: &Writing, block: BlockId, range: PageRange) -> Result<()> {
         let block = self
             .block(block)
             .ok_or(gleaner_bitmap::Error::UnknownBlock { block })?;
         block.discard(range)
     }
 
-    /// Stops the guest: every vCPU thread parked with its I/O complete, every writer of the VMM's out. `pause_devices` runs
-    /// between the two, and has to leave no device writing.
+    /// Stops the guest: every vCPU thread parked with its I/O complete, every writer of the VMM's out, the layout as it is.
+    /// `pause_devices` runs once the vCPUs are parked, and has to leave no device writing.
     ///
     /// # Errors
-    /// [`Error::KickTimeout`], [`Error::AlreadyStopped`], [`Error::ExternalLog`] with what `pause_devices` says. The guest
-    /// runs on, unless it was stopped before.
+    /// [`Error::KickTimeout`], [`Error::WritersBusy`], [`Error::AlreadyStopped`], [`Error::ExternalLog`] with what
+    /// `pause_devices` says. The guest runs on, unless it was stopped before.
     pub fn stop(
         &self,
         pause_devices: impl FnOnce() -> std::result::Result<(), String>,
@@ -269,8 +297,12 @@ impl Tracker {
             device: "devices".into(),
             reason,
         })?;
+        let quiet = self.0.writers.quiet(QUIET_LIMIT)?;
+        // A transaction that is under way is waited for here.
+        self.0.lock().frozen = true;
         Ok(StoppedGuest {
-            quiet: self.0.writers.quiet(),
+            thaw: Thaw(Arc::clone(&self.0)),
+            quiet,
             vcpus,
         })
     }
@@ -282,11 +314,31 @@ impl Tracker {
     }
 }
 
+/// How long the VMM's writers may take to finish when the guest is stopped.
+const QUIET_LIMIT: Duration = Duration::from_secs(10);
+
+/// Lets the layout change again when it is dropped.
+struct Thaw(Arc<Shared>);
+
+impl std::fmt::Debug for Thaw {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Thaw")
+    }
+}
+
+impl Drop for Thaw {
+    fn drop(&mut self) {
+        self.0.lock().frozen = false;
+    }
+}
+
 /// Nothing writes guest memory any more: vCPUs are parked, writers out. Dropping it lets everything go on.
 #[derive(Debug)]
 #[must_use = "dropping it lets the guest go on"]
 pub struct StoppedGuest {
-    // In this order: writers may go on before the vCPUs do.
+    // In this order: the layout may change and writers go on before the vCPUs do.
+    #[allow(dead_code)] // for its drop
+    thaw: Thaw,
     quiet: QuietWriters,
     vcpus: StoppedVcpus,
 }

@@ -12,6 +12,9 @@ use crate::{Error, Result};
 /// Longest and shortest time between two looks at the rings.
 const SLOWEST: Duration = Duration::from_millis(100);
 const FASTEST: Duration = Duration::from_millis(1);
+/// Tries of a harvest that somebody waits for, and the time between two.
+const ATTEMPTS: u32 = 5;
+const RETRY: Duration = Duration::from_millis(20);
 /// Fill (in thousandths) of the fullest ring above which it looks sooner, and below which it looks later.
 const HIGH: u32 = 250;
 const LOW: u32 = 100;
@@ -60,8 +63,11 @@ impl Reaper {
 
     fn serve(&self, request: u64, outcome: Result<()>) {
         let mut desk = self.lock();
-        desk.served = request;
-        desk.failed = outcome.err().map(|e| e.to_string());
+        // An idle look serves nobody: its outcome must not be taken for that of a request.
+        if request != desk.served {
+            desk.served = request;
+            desk.failed = outcome.err().map(|e| e.to_string());
+        }
         self.changed.notify_all();
     }
 }
@@ -126,11 +132,18 @@ fn run(reaper: &Reaper, tracker: &Weak<Shared>) {
         let Some(shared) = tracker.upgrade() else {
             return;
         };
-        let mut state = shared.lock();
-        let outcome = shared.reap(&mut state);
+        let mut outcome = shared.reap(&mut shared.lock());
+        for _ in 1..ATTEMPTS {
+            let Err(error) = &outcome else { break };
+            // Pages are held back, not lost, and what failed may pass: a vCPU must not end for it.
+            tracing::warn!(%error, "dirty rings could not be emptied, trying again");
+            std::thread::sleep(RETRY);
+            outcome = shared.reap(&mut shared.lock());
+        }
         if let Err(error) = &outcome {
             tracing::error!(%error, "dirty rings could not be emptied");
         }
+        let state = shared.lock();
         let fill = match &state.log {
             KvmLog::Ring(ring) => ring.fill(),
             KvmLog::Bitmap(_) => 0,

@@ -149,10 +149,10 @@ impl<'t> Transaction<'t> {
     }
 
     /// Commits. `publish` gets the new layout while every vCPU is out of `KVM_RUN`: the moment to swap the VMM's own memory
-    /// map.
+    /// map. The VM-wide lock is held meanwhile: it must not call the tracker, nor drop a consumer.
     ///
     /// # Errors
-    /// [`Error::Bitmap`] when the steps don't lead to a valid layout, or a source fails; [`Error::TransactionFailed`] when KVM
+    /// [`Error::Stopped`] while the guest is stopped for a switchover. [`Error::BlockReused`]. [`Error::Bitmap`] when the steps don't lead to a valid layout, or a source fails; [`Error::TransactionFailed`] when KVM
     /// refuses a call: in all these cases the old layout is in force and no bit is gone. [`Error::RollbackFailed`]: the gate
     /// stays closed. [`Error::Broken`] after that.
     pub fn commit_with(self, publish: impl FnOnce(&Layout)) -> Result<TransactionReport> {
@@ -160,6 +160,14 @@ impl<'t> Transaction<'t> {
         let mut state = shared.lock();
         if state.broken {
             return Err(Error::Broken);
+        }
+        if state.frozen {
+            return Err(Error::Stopped);
+        }
+        if let Some(block) = self.added.iter().find(|b| state.retired.contains(&b.id())) {
+            return Err(Error::BlockReused {
+                block: block.info().name.clone(),
+            });
         }
         // 1. Where to, and by which calls. Nothing is touched yet.
         let old = Arc::clone(&state.layout);
@@ -268,6 +276,10 @@ impl Shared {
             Err(error) => return Err(error),
         }
         for block in new.blocks().filter(|b| old.block(b.id).is_none()) {
+            // What the VMM wrote into it before is part of what is born dirty.
+            if let Some(added) = state.blocks.get(&block.id) {
+                added.write_log().forget();
+            }
             state.harvester.add_block(block.id, block.pages);
             self.store.add_block(block.id, block.pages);
         }
@@ -295,6 +307,7 @@ impl Shared {
             };
         }
         for block in old.blocks().filter(|b| new.block(b.id).is_none()) {
+            state.retired.insert(block.id);
             self.store.remove_block(block.id);
             state.harvester.remove_block(block.id);
         }

@@ -63,6 +63,11 @@ fn read(block: &Block, extent: Extent) -> Vec<u8> {
     bytes
 }
 
+/// All bytes of a block.
+pub fn bytes_of(block: &Block) -> Vec<u8> {
+    read(block, block.extent(block.info().all()))
+}
+
 /// A destination's copy of all blocks: what a consumer's leases brought, and nothing else.
 #[derive(Default)]
 pub struct Copy {
