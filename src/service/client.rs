@@ -77,10 +77,14 @@ impl ServiceClient {
         match (sent, answer) {
             (_, Ok((Response::Error(reason), _))) => Err(Error::Service { reason }),
             (Ok(()), Ok((response, fd))) => Ok((response, fd.map(File::from))),
-            (Err(source), _) | (Ok(()), Err(source)) => Err(Error::Socket {
-                path: self.path.clone(),
-                source,
-            }),
+            (Err(source), _) | (Ok(()), Err(source)) => {
+                // An answer that comes late must not be taken for the next one: the service shall see a hang-up.
+                let _ = self.stream.shutdown(std::net::Shutdown::Both);
+                Err(Error::Socket {
+                    path: self.path.clone(),
+                    source,
+                })
+            }
         }
     }
 

@@ -3,12 +3,11 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use gleaner_migrate::{Address, Listener, Stream};
+use gleaner_migrate::{Address, CancelToken, Listener, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 
@@ -48,11 +47,11 @@ impl ServiceSocket {
         tracker: &Tracker,
         mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
     ) -> Result<Service> {
-        let ended = Arc::new(AtomicBool::new(false));
+        let ended = CancelToken::new();
         let current = Arc::new(Mutex::new(None));
         let tracker = tracker.clone();
         let session = Session::new(move || LocalSource::new(&tracker, hooks()));
-        let (stop, slot) = (Arc::clone(&ended), Arc::clone(&current));
+        let (stop, slot) = (ended.clone(), Arc::clone(&current));
         let listener = self.listener;
         let thread = std::thread::Builder::new()
             .name("service".into())
@@ -74,7 +73,7 @@ impl ServiceSocket {
 #[derive(Debug)]
 pub struct Service {
     path: PathBuf,
-    ended: Arc<AtomicBool>,
+    ended: CancelToken,
     /// The connection that is being served.
     current: Arc<Mutex<Option<UnixStream>>>,
     thread: Option<JoinHandle<()>>,
@@ -100,29 +99,33 @@ impl Service {
     }
 }
 
+/// How long an agent may be silent while the guest is stopped for it: longer than any destination may be silent.
+const STOPPED_PATIENCE: Duration = Duration::from_secs(120);
+/// Between two tries to accept a connection.
+const RETRY: Duration = Duration::from_millis(50);
+
 /// Serves one agent after the other. Another one that comes meanwhile is told so by a thread of its own.
 fn accept<F>(
     listener: &Listener,
     session: Session<LocalSource, F>,
-    ended: &AtomicBool,
+    ended: &CancelToken,
     current: &Mutex<Option<UnixStream>>,
 ) where
     F: FnMut() -> Result<LocalSource> + Send,
 {
     let session = Mutex::new(session);
     std::thread::scope(|scope| {
-        while !ended.load(Ordering::SeqCst) {
-            let stream = match listener.accept() {
-                Ok(Stream::Unix(stream)) => stream,
-                Ok(_) => continue,
+        while !ended.is_cancelled() {
+            let stream = match listener.accept_until(ended, None) {
+                Ok(Some(Stream::Unix(stream))) => stream,
+                Ok(_) | Err(gleaner_migrate::Error::Cancelled) => continue,
                 Err(error) => {
+                    // Too many open files, say: an attempt that is in doubt must still be resolvable afterwards.
                     tracing::warn!(%error, "service socket");
-                    return;
+                    std::thread::sleep(RETRY);
+                    continue;
                 }
             };
-            if ended.load(Ordering::SeqCst) {
-                return;
-            }
             let session = &session;
             scope.spawn(move || {
                 if let Err(error) = connection(stream, session, ended, current) {
@@ -136,7 +139,7 @@ fn accept<F>(
 fn connection<F>(
     mut stream: UnixStream,
     session: &Mutex<Session<LocalSource, F>>,
-    ended: &AtomicBool,
+    ended: &CancelToken,
     current: &Mutex<Option<UnixStream>>,
 ) -> io::Result<()>
 where
@@ -157,28 +160,46 @@ where
         return send_response(&mut stream, &Response::Error(text), None);
     };
     *lock(current) = Some(stream.try_clone()?);
-    if ended.load(Ordering::SeqCst) {
+    if ended.is_cancelled() {
         // Whoever ended the service may have looked before there was something to hang up on.
         *lock(current) = None;
         return Ok(());
     }
-    let outcome = (|| {
-        while let Some(request) = receive_request(&mut stream)? {
-            tracing::debug!(?request, "agent");
-            let reply = session.handle(request);
-            send_response(&mut stream, &reply.response, reply.fd.as_ref())?;
+    let attached = Attached {
+        session: &mut session,
+        current,
+    };
+    while let Some(request) = receive_request(&mut stream)? {
+        tracing::debug!(?request, "agent");
+        let reply = attached.session.handle(request);
+        // A guest that stands still waits for nobody who hangs; one that runs has time.
+        let patience = attached.session.is_stopped().then_some(STOPPED_PATIENCE);
+        stream.set_read_timeout(patience)?;
+        stream.set_write_timeout(patience)?;
+        send_response(&mut stream, &reply.response, reply.fd.as_ref())?;
+    }
+    Ok(())
+}
+
+/// An agent that is attached. However its connection ends, by a panic of a hook too, the session hears that it is gone.
+struct Attached<'a, F: FnMut() -> Result<LocalSource>> {
+    session: &'a mut Session<LocalSource, F>,
+    current: &'a Mutex<Option<UnixStream>>,
+}
+
+impl<F: FnMut() -> Result<LocalSource>> Drop for Attached<'_, F> {
+    fn drop(&mut self) {
+        self.session.hang_up();
+        if let Some(stream) = lock(self.current).take() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
         }
-        Ok(())
-    })();
-    session.hang_up();
-    *lock(current) = None;
-    outcome
+    }
 }
 
 /// The session, unless another agent has it. One that has hung up is waited for: it is being cleaned up after.
 fn take<'s, S>(
     session: &'s Mutex<S>,
-    ended: &AtomicBool,
+    ended: &CancelToken,
     current: &Mutex<Option<UnixStream>>,
 ) -> Option<MutexGuard<'s, S>> {
     loop {
@@ -189,7 +210,7 @@ fn take<'s, S>(
             Err(TryLockError::WouldBlock) => {}
         }
         // None: one that is about to come, or about to be done.
-        if ended.load(Ordering::SeqCst) || lock(current).as_ref().is_some_and(is_there) {
+        if ended.is_cancelled() || lock(current).as_ref().is_some_and(is_there) {
             return None;
         }
         std::thread::sleep(LOOK);
@@ -212,12 +233,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        self.ended.store(true, Ordering::SeqCst);
+        self.ended.cancel();
         if let Some(stream) = lock(&self.current).take() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
-        // The accepting thread looks at the flag when somebody comes.
-        let _ = UnixStream::connect(&self.path);
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so.
             let _ = thread.join();

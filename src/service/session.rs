@@ -131,6 +131,12 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
         }
     }
 
+    /// Whether the guest stands still for an agent that can still let it go on.
+    #[must_use]
+    pub const fn is_stopped(&self) -> bool {
+        matches!(self.phase, Phase::Stopped)
+    }
+
     /// Whether the guest has been let go of, and may be running elsewhere.
     #[must_use]
     pub const fn is_relinquished(&self) -> bool {
