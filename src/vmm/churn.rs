@@ -139,6 +139,7 @@ impl Churn {
         let thread = std::thread::Builder::new()
             .name("churn".into())
             .spawn(move || {
+                let _watch = parts.board.watch("churn".into());
                 let mut due = Instant::now();
                 while !ended.load(Ordering::Relaxed) {
                     if let Some(rate) = config.rate {

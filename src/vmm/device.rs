@@ -59,6 +59,7 @@ impl Device {
         let thread = std::thread::Builder::new()
             .name("device".into())
             .spawn(move || {
+                let _watch = parts.board.watch("device".into());
                 while !ended.load(Ordering::Relaxed) {
                     if let Err(reason) = burst(&parts, &shared) {
                         parts.board.fail(format!("device: {reason}"));
@@ -101,7 +102,7 @@ fn burst(parts: &Parts, state: &Mutex<DeviceState>) -> Result<(), String> {
 }
 
 fn write(block: &Block, page: u64, state: &mut DeviceState) -> Result<(), String> {
-    state.written += 1;
+    state.written = state.written.wrapping_add(1);
     let at = page * PAGE_SIZE + state.next(PAGE_SIZE / 8) * 8;
     let at = usize::try_from(at).map_err(|e| e.to_string())?;
     let memory = block.memory().as_volatile_slice();

@@ -1,7 +1,6 @@
 //! The destination's side: memory for the blocks that arrive, and the machine that goes on running on it.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,8 +9,13 @@ use gleaner_migrate::{Destination, Error as MigrateError, Memory, Result};
 use vm_memory::GuestAddress;
 
 use super::guest::{MemoryMap, VcpuState};
-use super::machine::{Board, Machine, MachineError, MachineState, Parts, RAM, open_vm};
+use super::machine::{
+    Board, Machine, MachineError, MachineState, Parts, RAM, lock_ram_file, open_vm,
+};
 use crate::{Block, Tracking};
+
+/// Pages of all blocks together: four times what a reference guest's RAM can have.
+const MAX_PAGES: u64 = (64 << 30) / PAGE_SIZE;
 
 /// Called when all memory is here and the source is stopped, before the destination says that it is ready: blocks by name.
 pub type OnComplete =
@@ -93,14 +97,10 @@ impl IncomingMachine {
             path: path.clone(),
             source,
         };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
+        let file = lock_ram_file(&path).map_err(fail)?;
+        file.set_len(0)
+            .and_then(|()| file.set_len(bytes))
             .map_err(fail)?;
-        file.set_len(bytes).map_err(fail)?;
         Ok(Block::file(&info.name, file, bytes)?)
     }
 
@@ -155,6 +155,15 @@ impl IncomingMachine {
 
 impl Destination for IncomingMachine {
     fn add_block(&mut self, info: &BlockInfo) -> Result<Memory> {
+        // The lengths are a peer's, and bookkeeping is allocated by them.
+        let pages: u64 = self.blocks.values().map(|b| b.info().pages).sum();
+        if pages.saturating_add(info.pages) > MAX_PAGES {
+            let text = format!(
+                "block {} of {} pages would make more than {MAX_PAGES} in all",
+                info.name, info.pages
+            );
+            return Err(MigrateError::destination(text));
+        }
         let block = self.allocate(info).map_err(MigrateError::destination)?;
         self.blocks.insert(info.id, block.clone());
         Ok(Arc::new(block))

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gleaner_bitmap::BlockInfo;
 use kvm_ioctls::{Kvm, VmFd};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
 
@@ -117,9 +120,28 @@ impl Board {
         self.changed.notify_all();
     }
 
+    /// Reports a thread that ends by a panic, until it is dropped.
+    pub(super) fn watch(&self, who: String) -> Watch<'_> {
+        Watch { board: self, who }
+    }
+
     pub(super) fn checked(&self, vcpu: usize, result: CheckResult) {
         self.lock().checks.insert(vcpu, result);
         self.changed.notify_all();
+    }
+}
+
+/// See [`Board::watch`].
+pub(super) struct Watch<'a> {
+    board: &'a Board,
+    who: String,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.board.fail(format!("{} panicked", self.who));
+        }
     }
 }
 
@@ -187,22 +209,35 @@ impl std::fmt::Debug for Machine {
 }
 
 /// The machine's RAM in a file, which is made when it is missing.
-fn ram_file(path: &PathBuf, bytes: u64) -> Result<File, MachineError> {
+fn ram_file(path: &Path, bytes: u64) -> Result<File, MachineError> {
     let fail = |source| MachineError::RamFile {
-        path: path.clone(),
+        path: path.to_path_buf(),
         source,
     };
+    let file = lock_ram_file(path).map_err(fail)?;
+    if file.metadata().map_err(fail)?.len() == 0 {
+        file.set_len(bytes).map_err(fail)?;
+    }
+    Ok(file)
+}
+
+/// Opens a file for guest memory, which is secret, and keeps other machines out of it for as long as it is open.
+pub(super) fn lock_ram_file(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
-        .open(path)
-        .map_err(fail)?;
-    if file.metadata().map_err(fail)?.len() == 0 {
-        file.set_len(bytes).map_err(fail)?;
+        .mode(0o600)
+        .open(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "another machine has its memory in this file",
+        )),
+        Err(error) => Err(error.into()),
     }
-    Ok(file)
 }
 
 /// A VM and its tracker.
@@ -279,27 +314,31 @@ impl Machine {
         mut init: impl FnMut(&kvm_ioctls::VcpuFd, usize) -> Result<(), GuestError>,
     ) -> Result<Self, MachineError> {
         let stopped = parts.tracker.stop(|| Ok(()))?;
-        let mut threads = Vec::new();
+        // All vCPUs before the first thread: what can't be built must not leave one behind that runs.
+        let mut vcpus = Vec::new();
         for index in 0..parts.map.vcpus() {
             let os =
                 |e: kvm_ioctls::Error| MachineError::Kvm(io::Error::from_raw_os_error(e.errno()));
             let vcpu = parts.vm.create_vcpu(index as u64).map_err(os)?;
             init(&vcpu, index)?;
-            threads
-                .push(vcpu::spawn(Arc::clone(&parts), vcpu, index).map_err(MachineError::Thread)?);
+            vcpus.push(vcpu);
         }
-        let device = Device::spawn(&parts, device).map_err(MachineError::Thread)?;
-        let churn = match churn {
-            Some(config) => Some(Churn::spawn(&parts, config).map_err(MachineError::Thread)?),
-            None => None,
-        };
-        Ok(Self {
-            parts,
-            threads,
-            device: Some(device),
-            churn,
+        // From here on an error drops the machine, which ends its threads while the guest is still stopped.
+        let mut machine = Self {
+            parts: Arc::clone(&parts),
+            threads: Vec::new(),
+            device: None,
+            churn: None,
             stopped: Some(stopped),
-        })
+        };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            machine.threads.push(vcpu::spawn(&parts, vcpu, index)?);
+        }
+        machine.device = Some(Device::spawn(&parts, device).map_err(MachineError::Thread)?);
+        if let Some(config) = churn {
+            machine.churn = Some(Churn::spawn(&parts, config).map_err(MachineError::Thread)?);
+        }
+        Ok(machine)
     }
 
     /// Lets the guest run.
@@ -394,14 +433,16 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.stopped = None;
-        self.churn = None;
-        self.device = None;
+        // The vCPUs end first, and while the guest is stopped if it is: one that was never started must not run now, for it
+        // may be running elsewhere.
         self.parts.tracker.shutdown();
         for thread in self.threads.drain(..) {
             // A thread that panicked has said so.
             let _ = thread.join();
         }
+        self.churn = None;
+        self.device = None;
+        self.stopped = None;
     }
 }
 
@@ -417,7 +458,15 @@ impl Hooks for MachineHooks {
     }
 
     fn save(&mut self, stopped: &StoppedVcpus) -> Result<Vec<u8>, String> {
+        if let MachineStatus::Failed(reason) = &self.parts.board.lock().status {
+            return Err(reason.clone());
+        }
         let vcpus = stopped.save().map_err(|e| e.to_string())?;
+        // A vCPU whose thread has ended has no seat, and would be missing at the destination without a word.
+        let all = 0..self.parts.map.vcpus() as u64;
+        if !vcpus.iter().map(|(id, _)| *id).eq(all) {
+            return Err("a vCPU of the machine has ended".into());
+        }
         let state = MachineState {
             ram: self.parts.ram.info().clone(),
             vcpus: vcpus.into_iter().map(|(_, state)| state).collect(),

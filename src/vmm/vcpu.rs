@@ -1,29 +1,54 @@
 //! A vCPU's thread.
 
-use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::guest::{GuestEvent, VcpuState, emulate_read, emulate_write};
-use super::machine::Parts;
+use super::guest::{GuestEvent, Mailbox, VcpuState, emulate_read, emulate_write};
+use super::machine::{MachineError, Parts};
 use crate::gate::{Seat, Turn};
 
 /// How long an idle guest sleeps between two looks into its mailbox.
 const IDLE: Duration = Duration::from_millis(10);
+/// Longest pause for the write rate.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Starts the thread. It runs when the guest is let go, and ends at the tracker's shutdown.
-pub(super) fn spawn(parts: Arc<Parts>, vcpu: VcpuFd, index: usize) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
+/// Starts the thread, and waits until it has its seat: a vCPU that can't run is found before the source lets go of the
+/// guest. It runs when the guest is let go, and ends at the tracker's shutdown.
+pub(super) fn spawn(
+    parts: &Arc<Parts>,
+    vcpu: VcpuFd,
+    index: usize,
+) -> Result<JoinHandle<()>, MachineError> {
+    let (seated, result) = mpsc::sync_channel(1);
+    let parts = Arc::clone(parts);
+    let thread = std::thread::Builder::new()
         .name(format!("vcpu{index}"))
         .spawn(move || {
-            if let Err(reason) = run(&parts, vcpu, index) {
-                tracing::error!(vcpu = index, reason, "vCPU failed");
-                parts.board.fail(format!("vCPU {index}: {reason}"));
+            let _watch = parts.board.watch(format!("vCPU {index}"));
+            match parts.tracker.register(&vcpu, index as u64) {
+                Ok(seat) => {
+                    // Whoever started this thread waits for it.
+                    let _ = seated.send(Ok(()));
+                    if let Err(error) = run(&parts, seat, vcpu, index) {
+                        tracing::error!(%error, "vCPU failed");
+                        parts.board.fail(error.to_string());
+                    }
+                }
+                Err(error) => drop(seated.send(Err(error))),
             }
         })
+        .map_err(MachineError::Thread)?;
+    match result.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(MachineError::Vcpu {
+            vcpu: index,
+            reason: "its thread ended at once".into(),
+        }),
+    }
 }
 
 /// What an exit leaves to do once the exit itself, which borrows the vCPU, is over.
@@ -32,21 +57,15 @@ enum After {
     Batch,
 }
 
-fn run(parts: &Parts, mut vcpu: VcpuFd, index: usize) -> Result<(), String> {
-    let text = |e: &dyn std::error::Error| e.to_string();
-    let mut seat = parts
-        .tracker
-        .register(&vcpu, index as u64)
-        .map_err(|e| text(&e))?;
+fn run(parts: &Parts, mut seat: Seat, mut vcpu: VcpuFd, index: usize) -> Result<(), MachineError> {
     let mut pace = Pace::new();
     loop {
-        let after = match seat.run(&mut vcpu).map_err(|e| text(&e))? {
+        let after = match seat.run(&mut vcpu)? {
             Turn::Exit(exit) => handle(parts, index, exit)?,
-            Turn::Stopped(mut parked) => {
-                while let Some(exit) = parked.complete_io().map_err(|e| text(&e))? {
-                    handle(parts, index, exit)?;
-                }
-                parked.serve(|vcpu| {
+            Turn::Stopped(parked) => {
+                // A batch that ends here needs no pacing.
+                let drained = parked.complete_io(|exit| handle(parts, index, exit).map(|_| ()))?;
+                drained.serve(|vcpu| {
                     VcpuState::save(&parts.kvm, vcpu)
                         .and_then(|state| state.to_bytes())
                         .map_err(|e| e.to_string())
@@ -62,29 +81,30 @@ fn run(parts: &Parts, mut vcpu: VcpuFd, index: usize) -> Result<(), String> {
     }
 }
 
-fn handle(parts: &Parts, index: usize, exit: VcpuExit<'_>) -> Result<After, String> {
+fn handle(parts: &Parts, index: usize, exit: VcpuExit<'_>) -> Result<After, MachineError> {
     // The write and its mark are one to whoever waits for quiet.
     let _writing = parts.tracker.writers().enter();
     match exit {
-        VcpuExit::IoOut(port, data) => {
-            match GuestEvent::decode(port, data).map_err(|e| e.to_string())? {
-                GuestEvent::BatchDone => Ok(After::Batch),
-                GuestEvent::Check(result) => {
-                    parts.board.checked(index, result);
-                    Ok(After::Nothing)
-                }
+        VcpuExit::IoOut(port, data) => match GuestEvent::decode(port, data)? {
+            GuestEvent::BatchDone => Ok(After::Batch),
+            GuestEvent::Check(result) => {
+                parts.board.checked(index, result);
+                Ok(After::Nothing)
             }
-        }
+        },
         // No slot is there now, or a read-only one: the access is carried out on the block itself.
         VcpuExit::MmioRead(gpa, data) => {
-            emulate_read(&parts.memory(), &parts.map, gpa, data).map_err(|e| e.to_string())?;
+            emulate_read(&parts.memory(), &parts.map, gpa, data)?;
             Ok(After::Nothing)
         }
         VcpuExit::MmioWrite(gpa, data) => {
-            emulate_write(&parts.memory(), &parts.map, gpa, data).map_err(|e| e.to_string())?;
+            emulate_write(&parts.memory(), &parts.map, gpa, data)?;
             Ok(After::Nothing)
         }
-        other => Err(format!("unexpected exit {other:?}")),
+        other => Err(MachineError::Vcpu {
+            vcpu: index,
+            reason: format!("unexpected exit {other:?}"),
+        }),
     }
 }
 
@@ -103,7 +123,7 @@ impl Pace {
     }
 
     /// After a batch: waits until the rate allows the next one.
-    fn batch(&mut self, parts: &Parts, seat: &Seat, index: usize) -> Result<(), String> {
+    fn batch(&mut self, parts: &Parts, seat: &Seat, index: usize) -> Result<(), MachineError> {
         if parts.idle {
             seat.gate().pause(IDLE);
             return Ok(());
@@ -112,13 +132,13 @@ impl Pace {
             return Ok(());
         };
         let share = (rate / parts.map.vcpus() as u64).max(1);
-        let mailbox = super::guest::Mailbox::new(&parts.memory(), &parts.map, index)
-            .map_err(|e| e.to_string())?;
-        let written = mailbox.count().map_err(|e| e.to_string())?;
+        let written = Mailbox::new(&parts.memory(), &parts.map, index)?.count()?;
         let before = *self.written_before.get_or_insert(written);
-        let due = self.start + Duration::from_secs_f64((written - before) as f64 / share as f64);
-        if let Some(left) = due.checked_duration_since(Instant::now()) {
-            seat.gate().pause(left);
+        // The count is the guest's: whatever it says, the pause is one that ends.
+        let seconds = written.saturating_sub(before) as f64 / share as f64;
+        let due = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        if let Some(left) = due.checked_sub(self.start.elapsed()) {
+            seat.gate().pause(left.min(LONGEST_PAUSE));
         }
         Ok(())
     }
