@@ -215,8 +215,13 @@ fn ram_file(path: &Path, bytes: u64) -> Result<File, MachineError> {
         source,
     };
     let file = lock_ram_file(path).map_err(fail)?;
-    if file.metadata().map_err(fail)?.len() == 0 {
-        file.set_len(bytes).map_err(fail)?;
+    match file.metadata().map_err(fail)?.len() {
+        0 => file.set_len(bytes).map_err(fail)?,
+        length if length == bytes => {}
+        length => {
+            let text = format!("it has {length} bytes, RAM has {bytes}: they must be the same");
+            return Err(fail(io::Error::other(text)));
+        }
     }
     Ok(file)
 }
