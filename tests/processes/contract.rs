@@ -1,0 +1,181 @@
+//! What scripts depend on: help, exit status, one clear line.
+
+use rustix::process::Signal;
+
+use crate::common::kvm;
+use crate::harness::*;
+
+const COMMANDS: [&str; 4] = ["demo", "guest", "send", "receive"];
+
+#[test]
+fn every_help_has_an_example() {
+    for command in COMMANDS {
+        for help in ["--help", "-h"] {
+            let said = run(&[command, help]);
+            assert_eq!(said.code, Some(0), "{said:?}");
+            let example = format!("Example: gleaner {command} ");
+            assert!(said.stdout.contains(&example), "{said:?}");
+        }
+    }
+    let said = run(&["--help"]);
+    assert!(said.stdout.contains("Example: gleaner "), "{said:?}");
+    for command in COMMANDS {
+        assert!(said.stdout.contains(command), "{said:?}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_2_and_names_the_fault() {
+    let guest = ["guest", "--control", "/nowhere/socket"];
+    let send = ["send", "--json", "--control", "/nowhere", "--to", "unix:/x"];
+    let with = |base: &[&'static str], more: &[&'static str]| [base, more].concat();
+    for (args, fault) in [
+        (vec![], "Usage"),
+        (vec!["migrate"], "unrecognized subcommand 'migrate'"),
+        (vec!["guest"], "--control"),
+        (vec!["receive"], "--listen"),
+        (vec!["send", "--control", "/x"], "--to"),
+        (with(&guest, &["--ram", "4X"]), "\"4X\" is no size"),
+        (with(&guest, &["--ram", "0"]), "\"0\" is no size"),
+        (with(&guest, &["--vcpus", "two"]), "invalid digit"),
+        (with(&guest, &["--workload", "sort"]), "\"sort\""),
+        (with(&guest, &["--workload", "hot:many"]), "many"),
+        (with(&guest, &["--tracking", "guess"]), "guess"),
+        (with(&guest, &["--write-rate", "0"]), "0"),
+        (with(&guest, &["--churn", "-1"]), "-1"),
+        (with(&guest, &["--churn", "often"]), "\"often\" is no rate"),
+        (with(&guest, &["--churn-kinds", "hole,knot"]), "knot"),
+        (
+            with(&send, &["--timeout", "soon"]),
+            "\"soon\" is no duration",
+        ),
+        (
+            with(&send, &["--downtime-limit", "3"]),
+            "\"3\" is no duration",
+        ),
+        (
+            with(&send, &["--bandwidth-limit", "fast"]),
+            "\"fast\" is no size",
+        ),
+        (with(&send, &["--on-timeout", "pray"]), "cancel, switchover"),
+        (vec!["receive", "--listen", "rdma:x"], "unknown scheme"),
+        (vec!["receive", "--listen", "tcp:x"], "no port"),
+        (
+            vec!["receive", "--listen", "unix:/x", "--control", "/y"],
+            "--resume",
+        ),
+        (vec!["demo", "--transactions", "-1"], "-1"),
+    ] {
+        let ended = run(&args);
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        assert!(ended.stdout.is_empty(), "{ended:?}");
+        let said = ended.stderr.contains(fault);
+        assert!(said, "{fault:?} is not in {ended:?}");
+    }
+}
+
+#[test]
+fn what_the_machine_cannot_be_is_1_and_one_line() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let control = place.arg("control");
+    let (short, file) = (place.arg("short"), format!("{}/file", place.arg("nowhere")));
+    std::fs::write(&short, [1; 4096]).unwrap();
+    for (more, fault) in [
+        (["--ram", "1M"], "RAM"),
+        (["--ram", "4097K"], "RAM"),
+        (["--ram", "1T"], "RAM"),
+        (["--vcpus", "0"], "vCPUs"),
+        (["--vcpus", "17"], "vCPUs"),
+        (["--workload", "hot:999G"], "hot"),
+        (["--ram-file", &*short], "short: it has 4096 bytes"),
+        (["--ram-file", &*file], &*file),
+    ] {
+        let base = ["--control", &*control];
+        let ended = run(&[&["guest"], &base[..], &more].concat());
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
+        assert!(ended.stderr.starts_with("gleaner: "), "{ended:?}");
+        assert!(ended.stderr.contains(fault), "{fault:?}: {ended:?}");
+        assert!(!std::fs::exists(&control).unwrap(), "{ended:?}");
+        if more[0] != "--ram-file" {
+            let demo = run(&[&["demo", "--json"], &more[..]].concat());
+            demo.failed("failed", fault);
+        }
+    }
+    assert_eq!(
+        std::fs::read(&short).unwrap(),
+        [1; 4096],
+        "a file of another size"
+    );
+}
+
+#[test]
+fn a_destination_that_cannot_listen_says_why_in_json() {
+    const TEXT: &str = "something of mine, which is as long as a header at least";
+    let place = Place::new();
+    let file = place.path("file");
+    std::fs::write(&file, TEXT).unwrap();
+    let file = file.to_str().unwrap();
+    for (args, fault) in [
+        (["--listen", "unix:/nowhere/socket"], "/nowhere/socket"),
+        (["--listen", &format!("unix:{file}")], "is not a socket"),
+        (["--listen", "tcp:192.0.2.1:1"], "tcp:192.0.2.1:1"),
+        (["--listen", "file:/nowhere/file"], "/nowhere/file"),
+        (
+            ["--listen", &format!("file:{file}")],
+            "not a Gleaner stream",
+        ),
+        (["--listen", "fd:99"], "fd:99"),
+    ] {
+        run(&[&["receive", "--json"], &args[..]].concat()).failed("failed", fault);
+    }
+    let listen = place.unix("socket");
+    let args = ["receive", "--json", "--listen", &listen, "--ram-dir", file];
+    run(&args).failed("failed", file);
+    assert_eq!(std::fs::read_to_string(file).unwrap(), TEXT);
+}
+
+#[test]
+fn ctrl_c_ends_a_guest_and_removes_its_socket() {
+    if !kvm() {
+        return;
+    }
+    for signal in [Signal::INT, Signal::TERM] {
+        let place = Place::new();
+        let guest = Guest::start(&place, &[]);
+        guest.process.signal(signal);
+        assert_eq!(guest.process.end().code, Some(0));
+        assert!(!std::fs::exists(&guest.control).unwrap(), "socket left");
+    }
+}
+
+#[test]
+fn ctrl_c_ends_a_guest_that_an_agent_migrates() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let guest = Guest::start(&place, &[]);
+    let mut receive = Receive::start(&place, "there", &[]);
+    let send = guest.send(&receive.address, &["--bandwidth-limit", "1M"]);
+    receive.wait_begun();
+    assert_eq!(guest.process.interrupt().code, Some(0));
+    send.end().status("in-doubt", 1);
+    receive.wait_end().failed("cancelled", "service socket");
+}
+
+#[test]
+fn ctrl_c_ends_a_destination_that_waits() {
+    for address in ["unix:@", "tcp:127.0.0.1:0"] {
+        let place = Place::new();
+        let address = address.replace('@', &place.arg("socket"));
+        let mut receive = Receive::listen(&place, "there", &address, &[]);
+        let received = receive.process.take().unwrap().interrupt();
+        let report = received.failed("cancelled", "cancelled");
+        assert_keys(&report, &RECEIVE);
+        assert!(!place.path("socket").exists(), "socket left");
+    }
+}

@@ -1,0 +1,11 @@
+//! The command line as its users have it: real processes, real sockets, real signals.
+
+#![allow(clippy::unwrap_used)] // a test that can't go on fails
+
+#[path = "../common/mod.rs"]
+mod common;
+mod contract;
+mod demo;
+mod failures;
+mod harness;
+mod hops;
