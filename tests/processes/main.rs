@@ -5,7 +5,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod cuts;
 mod demo;
 mod failures;
 mod harness;
 mod hops;
+mod proxy;
