@@ -7,9 +7,9 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Copy, MODES, Random, kvm, machine};
+use common::{Copy, MODES, Random, kvm, let_run, machine};
 use gleaner::vmm::churn::{Kind, Shuffle};
 use gleaner::vmm::guest::Workload;
 use gleaner::{Fault, Mode, Slot, SlotKey, Start, Tracker, Tracking};
@@ -23,14 +23,6 @@ struct Outcome {
     /// Comparisons with any such page.
     bad: u64,
     copied: u64,
-}
-
-/// Lets the guest run for a while that differs each time, so that transactions meet it anywhere.
-fn let_run(random: &mut Random, micros: u64) {
-    let end = Instant::now() + Duration::from_micros(random.below(micros));
-    while Instant::now() < end {
-        std::thread::yield_now();
-    }
 }
 
 fn run(tracking: Tracking, transactions: u64, workload: Workload, seed: u64) -> Outcome {

@@ -44,12 +44,16 @@ struct Ring {
 /// * `unreset` counts the entries read since the last RESET that was complete; while it is not zero, pages are unarmed.
 /// * `short` is set when a RESET stopped early: up to 64 pages were counted as reset and left unarmed, which is healed
 ///   only by switching the log off and on with every vCPU out of `KVM_RUN`. Until then nothing collected is published.
+/// * `stale` counts the entries that were healed before KVM had reset them. Their pages are armed; what they still take is
+///   room in the ring. They may name slots that are gone, for which KVM skips a whole batch: so they are reset before
+///   new ones are read, and where they can't be, new ones count as cut short.
 /// * An entry is interpreted by the layout that is passed in, and all rings are drained and reset before that layout
 ///   changes; so a slot id can be used again at once.
 pub struct RingSource {
     kvm: Arc<dyn Kvm>,
     rings: Vec<Ring>,
     unreset: u64,
+    stale: u64,
     short: bool,
     /// Something was dirtied that no entry names: only "everything is dirty" is true.
     lost: bool,
@@ -65,6 +69,7 @@ impl RingSource {
             kvm,
             rings: Vec::new(),
             unreset: 0,
+            stale: 0,
             short: false,
             lost: false,
             fill: 0,
@@ -118,7 +123,26 @@ impl RingSource {
     /// pages are armed again.
     pub fn healed(&mut self) {
         self.short = false;
-        self.unreset = 0;
+        self.stale += std::mem::take(&mut self.unreset);
+    }
+
+    /// One RESET; returns how many entries it did.
+    fn reset(&mut self) -> Result<u64> {
+        let done = with_signals_blocked(|| self.kvm.reset_dirty_rings())??;
+        let stale = done.min(self.stale);
+        self.stale -= stale;
+        self.unreset = self.unreset.saturating_sub(done - stale);
+        Ok(done)
+    }
+
+    /// Lets KVM reset what healing left, and whatever else keeps a ring full of which nothing can be read.
+    fn reset_stale(&mut self) -> Result<()> {
+        let mut attempts = 0;
+        let stuck = self.rings.iter().any(|r| r.full_but_empty > 0);
+        while (self.stale > 0 || stuck && attempts == 0) && attempts < RESET_ATTEMPTS {
+            attempts = if self.reset()? == 0 { attempts + 1 } else { 1 };
+        }
+        Ok(())
     }
 }
 
@@ -185,6 +209,9 @@ impl DirtySource for RingSource {
         _scope: Scope<'_>,
         into: &mut Collected,
     ) -> gleaner_bitmap::Result<()> {
+        if self.unreset == 0 {
+            self.reset_stale()?;
+        }
         self.fill = 0;
         for ring in &mut self.rings {
             let before = self.unreset;
@@ -194,6 +221,7 @@ impl DirtySource for RingSource {
         }
         #[cfg(target_arch = "aarch64")]
         crate::backup::collect(&*self.kvm, layout, into)?;
+        self.short |= self.stale > 0 && self.unreset > 0;
         if self.lost {
             for block in layout.blocks() {
                 into.mark_range(block.id, block.all())?;
@@ -213,8 +241,7 @@ impl DirtySource for RingSource {
         if collected > 0 {
             let mut attempts = 0;
             while self.unreset > 0 && attempts < RESET_ATTEMPTS {
-                let done = with_signals_blocked(|| self.kvm.reset_dirty_rings())??;
-                self.unreset = self.unreset.saturating_sub(done);
+                let done = self.reset()?;
                 // Whatever later calls return: where it stopped, pages may be counted and unarmed.
                 self.short |= self.unreset > 0;
                 attempts = if done == 0 { attempts + 1 } else { 0 };

@@ -45,6 +45,7 @@ struct State {
     failed: u64,
     short: u64,
     cut: u64,
+    withheld: u64,
 }
 
 /// Orders failures of a tracker's KVM.
@@ -88,6 +89,16 @@ impl Faults {
     /// The next RESETs that have something to reset say that they did less than they did.
     pub fn cut_resets(&self, count: u64) {
         self.0.lock().unwrap().short = count;
+    }
+
+    /// The next RESETs do nothing.
+    pub fn withhold_resets(&self, count: u64) {
+        self.0.lock().unwrap().withheld = count;
+    }
+
+    /// RESETs that are still to do nothing.
+    pub fn withheld(&self) -> u64 {
+        self.0.lock().unwrap().withheld
     }
 
     /// RESETs that said so.
@@ -169,8 +180,12 @@ impl Kvm for Faulty {
         if self.faults.due(Call::Reset) {
             return Err(Error::ResetRings { source: eio() });
         }
-        let done = self.kvm.reset_dirty_rings()?;
         let mut state = self.faults.0.lock().unwrap();
+        if state.withheld > 0 {
+            state.withheld -= 1;
+            return Ok(0);
+        }
+        let done = self.kvm.reset_dirty_rings()?;
         if done > 0 && state.short > 0 {
             state.short -= 1;
             state.cut += 1;

@@ -7,10 +7,12 @@ pub mod hand;
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 use gleaner::vmm::guest::Workload;
 use gleaner::vmm::{Machine, MachineConfig};
-use gleaner::{Block, BlockId, Consumer, Extent, PAGE_SIZE, Tracker, Tracking};
+use gleaner::{Block, BlockId, Consumer, Extent, PAGE_SIZE, Tracker, TrackerBuilder, Tracking};
 use vm_memory::{Bytes, VolatileMemory};
 
 /// The tracking modes that KVM has.
@@ -38,7 +40,18 @@ pub fn kvm() -> bool {
 
 /// A small machine whose vCPUs write as fast as they can.
 pub fn machine(tracking: Tracking, ram: u64, workload: Workload, seed: u64) -> Machine {
-    Machine::new(&MachineConfig {
+    machine_with(tracking, ram, workload, seed, |builder| builder)
+}
+
+/// The same, its tracker built as `adjust` says.
+pub fn machine_with(
+    tracking: Tracking,
+    ram: u64,
+    workload: Workload,
+    seed: u64,
+    adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
+) -> Machine {
+    let config = MachineConfig {
         ram,
         vcpus: 2,
         ram_file: None,
@@ -47,8 +60,8 @@ pub fn machine(tracking: Tracking, ram: u64, workload: Workload, seed: u64) -> M
         write_rate: None,
         churn: None,
         seed,
-    })
-    .unwrap()
+    };
+    Machine::with_tracker(&config, adjust).unwrap()
 }
 
 /// Bytes of some pages of a block.
@@ -126,5 +139,31 @@ impl Random {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0 % limit
+    }
+}
+
+/// Lets the guest run for a while that differs each time, so that what follows meets it anywhere.
+pub fn let_run(random: &mut Random, micros: u64) {
+    let end = Instant::now() + Duration::from_micros(random.below(micros));
+    while Instant::now() < end {
+        std::thread::yield_now();
+    }
+}
+
+/// Ends the process, with a message, when a test hangs: what is dropped in time does nothing.
+pub struct Watchdog {
+    _alive: Sender<()>,
+}
+
+impl Watchdog {
+    pub fn new(what: &'static str) -> Self {
+        let (alive, dropped) = channel();
+        std::thread::spawn(move || {
+            if dropped.recv_timeout(Duration::from_secs(120)) == Err(RecvTimeoutError::Timeout) {
+                let _ = writeln!(std::io::stderr(), "hangs: {what}");
+                std::process::abort();
+            }
+        });
+        Self { _alive: alive }
     }
 }
