@@ -113,8 +113,9 @@ fn sources(name: String, tracking: Tracking, pages: u64, plan: &Plan) -> Result<
     let mut source: Box<dyn DirtySource> = match vm.mode {
         Mode::Ring { .. } => {
             let mut source = RingSource::new(Arc::clone(&kvm) as Arc<dyn Kvm>);
-            for ring in vm.rings()? {
-                source.add(ring);
+            for (id, ring) in (0..).zip(vm.rings()?) {
+                // The descriptor tells vCPUs of one id apart; here each is met once.
+                source.add(id, -1, || Ok(ring))?;
             }
             Box::new(source)
         }

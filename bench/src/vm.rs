@@ -219,10 +219,7 @@ fn run(parts: &Parts, mut seat: Seat, mut vcpu: VcpuFd, board: &Board) -> Result
         drop(state);
         let done = match seat.run(&mut vcpu)? {
             Turn::Exit(exit) => parts.handle(exit)?,
-            Turn::Stopped(parked) => {
-                parked.serve(|_| Err("nothing is saved here".into()));
-                false
-            }
+            Turn::Stopped(_) => return Err("nobody stops this guest".into()),
             Turn::Shutdown => return Ok(()),
         };
         if done {
