@@ -26,6 +26,8 @@ fn cancelled_in_the_middle_the_guest_runs_on() {
     let rounds = Arc::new(Mutex::new(0));
     let seen = rounds.clone();
     options.hold = Some(Box::new(|| false));
+    // However slow the machine: nothing but the hold keeps the guest here.
+    options.downtime_limit = Duration::from_secs(3600);
     options.on_progress = Some(Box::new(move |progress| {
         *seen.lock().unwrap() += 1;
         assert_eq!(progress.reason, "the switchover is held back");
