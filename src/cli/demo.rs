@@ -85,18 +85,20 @@ impl Demo {
             .on_complete(compare_all(&tracker, &comparison));
         let address = Address::Unix(dir.path().join("stream"));
         let listener = Listener::bind(&address).map_err(output.failure())?;
+        // Its own: were both ends called off at once, it would be chance which one says so to the other.
+        let not_coming = CancelToken::new();
         let report = std::thread::scope(|scope| {
             let receiver = Receiver::new(
                 &mut destination,
                 ReceiverOptions {
-                    cancel: cancel.clone(),
+                    cancel: not_coming.clone(),
                     ..ReceiverOptions::default()
                 },
             );
             let receiving = scope.spawn(|| receiver.listen(&listener));
             let report = self.send(&control, &address, &tracker, cancel.clone(), output);
             if report.is_err() {
-                cancel.cancel();
+                not_coming.cancel();
             }
             // What the destination says of itself the source has heard.
             let _ = receiving.join();
