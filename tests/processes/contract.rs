@@ -160,7 +160,7 @@ fn ctrl_c_ends_a_guest_that_an_agent_migrates() {
     let place = Place::new();
     let guest = Guest::start(&place, &[]);
     let mut receive = Receive::start(&place, "there", &[]);
-    let send = guest.send(&receive.address, &["--bandwidth-limit", "1M"]);
+    let send = guest.send(&receive.address, &["--bandwidth-limit", "4M"]);
     receive.wait_begun();
     assert_eq!(guest.process.interrupt().code, Some(0));
     send.end().status("in-doubt", 1);
