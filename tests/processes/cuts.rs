@@ -190,6 +190,10 @@ fn an_agent_killed_after_the_guest_was_let_go_of_leaves_it_in_doubt() {
     let stopped = guest.ram();
     send.signal(Signal::KILL);
     send.end();
+    let nobody = guest.send(&place.unix("nobody"), &[]).end();
+    nobody.failed("in-doubt", "nobody");
+    assert_same(&stopped, &receive.ram());
+    assert_same(&stopped, &guest.ram());
     release.send(()).unwrap();
     let asked = until("the destination has decided", || {
         let asked = guest.send(&receive.address, &[]).end();
