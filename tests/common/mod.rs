@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests, each of which uses its own part
 
 pub mod changes;
+pub mod crew;
 pub mod faulty;
 pub mod hand;
 

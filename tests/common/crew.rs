@@ -1,0 +1,143 @@
+//! vCPU threads whose exits a test handles itself.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use gleaner::gate::Turn;
+use gleaner::vmm::guest::{Guest, HOME, MemoryMap, Workload, emulate_read, emulate_write};
+use gleaner::{Block, Tracker, TrackerBuilder, Tracking};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{GuestAddress, VolatileMemory};
+
+/// Writes between two exits: few, so that exits are many.
+const BATCH: u32 = 64;
+
+/// What threads share.
+pub struct Shared {
+    pub tracker: Tracker,
+    pub ram: Block,
+    map: MemoryMap,
+    exits: Vec<AtomicU64>,
+}
+
+impl Shared {
+    /// Ends of batches, by vCPU.
+    pub fn exits(&self) -> Vec<u64> {
+        let exits = self.exits.iter();
+        exits.map(|n| n.load(Ordering::SeqCst)).collect()
+    }
+
+    /// Waits until every vCPU has run since.
+    pub fn wait_for_progress(&self, since: &[u64]) {
+        while self
+            .exits()
+            .iter()
+            .zip(since)
+            .any(|(now, then)| now <= then)
+        {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A guest of 8 MiB, swept by its vCPUs. Slot 0 is the low region; slot 1 is home.
+pub struct Crew {
+    pub shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    _vm: Arc<VmFd>,
+}
+
+impl Crew {
+    /// Starts the vCPUs. `on_exit` is called by each at the end of each batch, outside of `KVM_RUN`.
+    pub fn start(
+        tracking: Tracking,
+        vcpus: usize,
+        adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
+        on_exit: impl Fn(&Shared, usize) + Clone + Send + 'static,
+    ) -> Self {
+        let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
+        let tracker = adjust(Tracker::builder(Arc::clone(&vm)).tracking(tracking))
+            .build()
+            .unwrap();
+        let map = MemoryMap::new(8 << 20, vcpus).unwrap();
+        let guest = Guest::new(map, Workload::Sweep, BATCH, 0).unwrap();
+        let ram = Block::memfd("ram", 8 << 20).unwrap();
+        guest.load(&ram.memory().as_volatile_slice()).unwrap();
+        let mut tx = tracker.transaction();
+        tx.add_block(&ram)
+            .create(0, GuestAddress(0), ram.extent(map.low()))
+            .create(1, GuestAddress(HOME), ram.extent(map.home()));
+        tx.commit().unwrap();
+        let shared = Arc::new(Shared {
+            tracker,
+            ram,
+            map,
+            exits: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
+        });
+        let threads = (0..vcpus)
+            .map(|index| {
+                let vcpu = vm.create_vcpu(index as u64).unwrap();
+                guest.start(&vcpu, index).unwrap();
+                let (shared, on_exit) = (Arc::clone(&shared), on_exit.clone());
+                std::thread::spawn(move || run(&shared, vcpu, index, on_exit))
+            })
+            .collect();
+        Self {
+            shared,
+            threads,
+            _vm: vm,
+        }
+    }
+
+    /// Waits for the threads, which have been told to end.
+    pub fn join(mut self) {
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.shared.tracker.shutdown();
+        for thread in self.threads.drain(..) {
+            // One that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Shared, mut vcpu: VcpuFd, index: usize, on_exit: impl Fn(&Shared, usize)) {
+    let mut seat = shared.tracker.register(&vcpu, index as u64).unwrap();
+    loop {
+        match seat.run(&mut vcpu).unwrap() {
+            Turn::Exit(exit) => {
+                if handle(shared, exit) {
+                    on_exit(shared, index);
+                    shared.exits[index].fetch_add(1, Ordering::SeqCst);
+                }
+            }
+            Turn::Stopped(mut parked) => {
+                while let Some(exit) = parked.complete_io().unwrap() {
+                    handle(shared, exit);
+                }
+                parked.serve(|_| Ok(Vec::new()));
+            }
+            Turn::Shutdown => return,
+        }
+    }
+}
+
+/// Whether the exit is the end of a batch.
+fn handle(shared: &Shared, exit: VcpuExit<'_>) -> bool {
+    let _writing = shared.tracker.writers().enter();
+    let memory = shared.ram.memory().as_volatile_slice();
+    match exit {
+        VcpuExit::IoOut(..) => return true,
+        VcpuExit::MmioRead(gpa, data) => emulate_read(&memory, &shared.map, gpa, data).unwrap(),
+        VcpuExit::MmioWrite(gpa, data) => emulate_write(&memory, &shared.map, gpa, data).unwrap(),
+        other => panic!("unexpected exit {other:?}"),
+    }
+    false
+}
