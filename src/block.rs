@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, PAGE_SIZE, PageRange, WriteLog, pages_of};
-use gleaner_migrate::PageMemory;
+use gleaner_migrate::{Holes, PageMemory};
 use gleaner_ring::HostRange;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 use vm_memory::bitmap::Bitmap;
@@ -25,6 +25,8 @@ use crate::{Error, Result};
 pub struct Block {
     info: BlockInfo,
     region: Arc<MmapRegion<WriteLog>>,
+    /// Where its file has no pages yet, if it has a file that tells.
+    holes: Option<Arc<Holes>>,
 }
 
 impl Block {
@@ -96,7 +98,14 @@ impl Block {
             });
         }
         let info = BlockInfo::new(log.block(), name, bytes)?;
-        Ok(Self { info, region })
+        let shared = region.flags() & libc::MAP_SHARED != 0;
+        let file = region.file_offset().filter(|_| shared);
+        let holes = file.and_then(Holes::of).map(Arc::new);
+        Ok(Self {
+            info,
+            region,
+            holes,
+        })
     }
 
     /// Its identity, name and length.
@@ -256,5 +265,12 @@ impl PageMemory for Block {
         // SAFETY: the same bytes as `slice`, which vm-memory has checked, for the same lifetime; only the bitmap is left
         // off, because the reader of a lease marks nothing.
         Ok(unsafe { VolatileSlice::new(slice.ptr_guard_mut().as_ptr(), slice.len()) })
+    }
+
+    fn data(&self, range: PageRange) -> Option<PageRange> {
+        match &self.holes {
+            Some(holes) => holes.data(range),
+            None => Some(range),
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gleaner_bitmap::{PAGE_SIZE, PageRange, pages_of};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-use crate::{Error, Result};
+use crate::{Error, Holes, Result};
 
 /// Bytes in a page, as lengths in memory are counted.
 #[allow(clippy::cast_possible_truncation)] // 4096
@@ -22,6 +22,14 @@ pub trait PageMemory: Send + Sync {
     /// # Errors
     /// [`Error::Memory`] when the range reaches past the end.
     fn slice(&self, range: PageRange) -> Result<VolatileSlice<'_>>;
+
+    /// The first part of `range` that may hold anything but zeros; what comes before it is zero, and need not be read
+    /// (reading a hole of a memfd allocates it). `None`: all of it is zero. Whoever can't tell says `Some(range)`.
+    ///
+    /// Ask only for pages that are re-armed: what is written to a hole later comes again.
+    fn data(&self, range: PageRange) -> Option<PageRange> {
+        Some(range)
+    }
 }
 
 /// Shared handle on the memory of a block: it stays mapped for as long as somebody sends or writes its pages.
@@ -29,7 +37,10 @@ pub type Memory = Arc<dyn PageMemory>;
 
 /// Memory mapped by this process.
 #[derive(Debug)]
-pub struct MappedMemory(MmapRegion<()>);
+pub struct MappedMemory {
+    region: MmapRegion<()>,
+    holes: Option<Holes>,
+}
 
 impl MappedMemory {
     /// Anonymous memory of `pages` pages, all zero.
@@ -75,7 +86,7 @@ impl MappedMemory {
     /// A pointer to its first byte, for KVM. Valid for as long as `self` is.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.0.as_ptr()
+        self.region.as_ptr()
     }
 
     fn map(file: Option<FileOffset>, pages: u64, prot: i32, flags: i32) -> Result<Self> {
@@ -99,16 +110,21 @@ impl MappedMemory {
                 return Err(fail(format!("the file has only {length} bytes")));
             }
         }
-        MmapRegion::build(file, size, prot, flags)
-            .map(Self)
-            .map_err(|cause| fail(cause.to_string()))
+        // Only a shared mapping shows what the file holds.
+        let holes = file
+            .as_ref()
+            .filter(|_| flags & libc::MAP_SHARED != 0)
+            .and_then(Holes::of);
+        let region =
+            MmapRegion::build(file, size, prot, flags).map_err(|cause| fail(cause.to_string()))?;
+        Ok(Self { region, holes })
     }
 }
 
 impl PageMemory for MappedMemory {
     fn pages(&self) -> u64 {
         // Mapped in whole pages, so this can't fail.
-        pages_of("mapping", self.0.size() as u64).unwrap_or_default()
+        pages_of("mapping", self.region.size() as u64).unwrap_or_default()
     }
 
     fn slice(&self, range: PageRange) -> Result<VolatileSlice<'_>> {
@@ -121,7 +137,14 @@ impl PageMemory for MappedMemory {
         }
         let offset = usize::try_from(range.first * PAGE_SIZE).map_err(|_| outside())?;
         let count = usize::try_from(range.pages * PAGE_SIZE).map_err(|_| outside())?;
-        self.0.get_slice(offset, count).map_err(|_| outside())
+        self.region.get_slice(offset, count).map_err(|_| outside())
+    }
+
+    fn data(&self, range: PageRange) -> Option<PageRange> {
+        match &self.holes {
+            Some(holes) => holes.data(range),
+            None => Some(range),
+        }
     }
 }
 
@@ -140,6 +163,32 @@ mod tests {
         let mut seen = [0u8; 4096];
         reader.slice(last).unwrap().copy_to(&mut seen);
         assert_eq!(seen, [7; 4096]);
+    }
+
+    #[test]
+    fn holes_are_told_from_data_without_being_read() {
+        use std::os::unix::fs::MetadataExt;
+        let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        file.set_len(64 * PAGE_SIZE).unwrap();
+        let memory = MappedMemory::of_file(file.try_clone().unwrap(), 64).unwrap();
+        let range = PageRange::new;
+        let write = |page| {
+            let page = memory.slice(range(page, 1)).unwrap();
+            page.copy_from(&[1u8; 4096]);
+        };
+        assert_eq!(memory.data(range(0, 64)), None);
+        write(20);
+        write(21);
+        assert_eq!(memory.data(range(0, 64)), Some(range(20, 2)));
+        assert_eq!(memory.data(range(21, 43)), Some(range(21, 1)));
+        assert_eq!(memory.data(range(22, 42)), None);
+        // A hole is never remembered.
+        write(22);
+        assert_eq!(memory.data(range(22, 42)), Some(range(22, 1)));
+        assert_eq!(file.metadata().unwrap().blocks() * 512, 3 * PAGE_SIZE);
+        // Few pages are not worth the question.
+        assert_eq!(memory.data(range(40, 2)), Some(range(40, 2)));
     }
 
     #[test]

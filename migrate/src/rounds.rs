@@ -7,9 +7,10 @@ use gleaner_bitmap::{Extent, Generation, Layout, PAGE_SIZE, PageRange};
 use vm_memory::VolatileSlice;
 
 use crate::policy::{Round, Verdict, bytes_per_second};
+use crate::scan::{self, bytes};
 use crate::sender::{InFlight, Session, millis, unexpected};
 use crate::wire::{Extents, LayoutBody, MAX_EXTENTS, Message, Payload};
-use crate::{Error, Harvested, PageLease, Progress, Result, scan};
+use crate::{Error, Harvested, PageLease, Progress, Result};
 
 /// Pages in a lease: 16 MiB.
 const LEASE_PAGES: u64 = 4096;
@@ -115,7 +116,7 @@ impl Session<'_> {
             }
             let memory = part.slice()?;
             let whole = extent.range;
-            scan::runs(extent, &memory, |mut run, zero| {
+            scan::runs(part, &memory, |mut run, zero| {
                 if zero {
                     return batch.zeros(
                         self,
@@ -248,14 +249,6 @@ impl Session<'_> {
             reason: decision.reason.clone(),
         }
     }
-}
-
-fn bytes(pages: u64) -> Result<usize> {
-    usize::try_from(pages * PAGE_SIZE).map_err(|_| Error::TooLong {
-        what: "lease (pages)",
-        length: pages,
-        cap: LEASE_PAGES,
-    })
 }
 
 /// Pages gathered for the next frames. Nothing is copied: pieces point into guest memory.

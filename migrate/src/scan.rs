@@ -1,38 +1,66 @@
 //! Which leased pages hold nothing but zeros.
 
-use gleaner_bitmap::{Extent, PageRange};
+use gleaner_bitmap::{PAGE_SIZE, PageRange};
 use vm_memory::VolatileSlice;
 
-use crate::Result;
 use crate::memory::PAGE;
+use crate::{Error, LeasedPart, Result};
 
 /// Bytes looked at first: most pages that are not zero show it there, and cost no more than this.
 const PROBE: usize = 128;
 
-/// Cuts `extent` into runs of pages that are zero (`true`) and that are not.
+/// Cuts the pages of `part`, whose contents are `memory`, into runs of pages that are zero (`true`) and that are not.
+/// Holes of the memory are zero without being read.
 ///
 /// A page that is written while it is looked at may end up on either side: it was re-armed before it was leased, so it
 /// comes again.
 pub(crate) fn runs(
-    extent: Extent,
+    part: &LeasedPart,
     memory: &VolatileSlice<'_>,
     mut each: impl FnMut(PageRange, bool) -> Result<()>,
 ) -> Result<()> {
-    let mut run = PageRange::new(extent.range.first, 0);
+    let all = part.extent().range;
+    let mut run = PageRange::new(all.first, 0);
     let mut zero = false;
-    for (page, offset) in (extent.range.first..).zip((0..memory.len()).step_by(PAGE)) {
-        let now = is_zero(memory, offset);
+    let mut add = |now: bool, page: u64, pages: u64| -> Result<()> {
         if now != zero && run.pages > 0 {
             each(run, zero)?;
             run = PageRange::new(page, 0);
         }
         zero = now;
-        run.pages += 1;
-    }
-    if run.pages > 0 {
-        each(run, zero)?;
+        run.pages += pages;
+        if run.end() == all.end() {
+            each(run, zero)?;
+        }
+        Ok(())
+    };
+    let mut at = all.first;
+    while at < all.end() {
+        let rest = PageRange::new(at, all.end() - at);
+        let data = part.data(rest).unwrap_or(PageRange::new(all.end(), 0));
+        if data.first > at {
+            add(true, at, data.first - at)?;
+        }
+        let mut offset = bytes(data.first - all.first)?;
+        for page in data.first..data.end() {
+            add(is_zero(memory, offset), page, 1)?;
+            offset += PAGE;
+        }
+        at = data.end();
     }
     Ok(())
+}
+
+/// Bytes of `pages` pages.
+pub(crate) fn bytes(pages: u64) -> Result<usize> {
+    pages
+        .checked_mul(PAGE_SIZE)
+        .and_then(|bytes| usize::try_from(bytes).ok())
+        .ok_or(Error::TooLong {
+            what: "lease (pages)",
+            length: pages,
+            cap: u64::MAX / PAGE_SIZE,
+        })
 }
 
 /// Looks at a private copy: guest memory can't be borrowed.
@@ -56,22 +84,32 @@ fn is_zero(memory: &VolatileSlice<'_>, offset: usize) -> bool {
 mod tests {
     use super::*;
     use crate::{MappedMemory, PageMemory};
-    use gleaner_bitmap::BlockId;
+    use gleaner_bitmap::{BlockId, Extent};
+    use std::sync::Arc;
 
-    #[test]
-    fn runs_cover_all_pages_and_tell_zeros() {
-        let memory = MappedMemory::anonymous(10).unwrap();
-        let all = memory.slice(PageRange::new(0, 10)).unwrap();
-        // First, middle and last byte of a page each make it a page with contents.
-        for (page, at) in [(0, 0), (1, 2000), (4, 4095), (9, PROBE)] {
-            all.subslice(page * 4096 + at, 1).unwrap().copy_from(&[1u8]);
-        }
+    fn found(memory: MappedMemory, first: u64, pages: u64) -> Vec<(u64, u64, bool)> {
+        let part = LeasedPart::new(Extent::new(BlockId(0), first, pages), Arc::new(memory));
         let mut seen = Vec::new();
-        runs(Extent::new(BlockId(0), 100, 10), &all, |range, zero| {
+        runs(&part, &part.slice().unwrap(), |range, zero| {
             seen.push((range.first, range.pages, zero));
             Ok(())
         })
         .unwrap();
+        seen
+    }
+
+    /// First, middle and last byte of a page each make it a page with contents.
+    fn fill(memory: &MappedMemory, bytes: &[(u64, usize)]) {
+        for (page, at) in bytes {
+            let page = memory.slice(PageRange::new(*page, 1)).unwrap();
+            page.subslice(*at, 1).unwrap().copy_from(&[1u8]);
+        }
+    }
+
+    #[test]
+    fn runs_cover_all_pages_and_tell_zeros() {
+        let memory = MappedMemory::anonymous(110).unwrap();
+        fill(&memory, &[(100, 0), (101, 2000), (104, 4095), (109, PROBE)]);
         let expected = [
             (100, 2, false),
             (102, 2, true),
@@ -79,6 +117,30 @@ mod tests {
             (105, 4, true),
             (109, 1, false),
         ];
-        assert_eq!(seen, expected);
+        assert_eq!(found(memory, 100, 10), expected);
+    }
+
+    #[test]
+    fn holes_join_with_zeros_that_were_read() {
+        let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(fd);
+        file.set_len(200 * PAGE_SIZE).unwrap();
+        let memory = MappedMemory::of_file(file, 200).unwrap();
+        fill(&memory, &[(50, 7), (52, 4095), (120, 0)]);
+        // Page 51 exists and is zero; so does page 53, before the hole that follows.
+        for page in [51, 53] {
+            let page = memory.slice(PageRange::new(page, 1)).unwrap();
+            page.copy_from(&[0u8; PAGE]);
+        }
+        let expected = [
+            (10, 40, true),
+            (50, 1, false),
+            (51, 1, true),
+            (52, 1, false),
+            (53, 67, true),
+            (120, 1, false),
+            (121, 59, true),
+        ];
+        assert_eq!(found(memory, 10, 170), expected);
     }
 }

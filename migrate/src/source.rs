@@ -139,6 +139,12 @@ impl LeasedPart {
         self.memory.slice(self.extent.range)
     }
 
+    /// The first of these pages that may hold anything but zeros; see [`PageMemory::data`](crate::PageMemory::data).
+    #[must_use]
+    pub fn data(&self, range: PageRange) -> Option<PageRange> {
+        self.memory.data(range)
+    }
+
     /// Contents of some of its pages, counted from the block's start.
     ///
     /// # Errors
