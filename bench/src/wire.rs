@@ -23,6 +23,8 @@ const AIM_SHARE: f64 = 0.9;
 const AIM_ZERO: f64 = 2.0;
 /// Bytes of a plain write or read.
 const PLAIN: usize = 1 << 20;
+/// Of the time that reading the pages takes, when nobody has touched them.
+const AIM_HOLES: f64 = 0.1;
 const BLOCK: BlockId = BlockId(1);
 const GENERATION: Generation = Generation(1);
 
@@ -264,6 +266,9 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
     if plan.wants("wire/zeros") {
         rows.push(zeros(pages, plan)?);
     }
+    if plan.wants("wire/holes") {
+        rows.push(holes(pages, plan)?);
+    }
     Ok(rows)
 }
 
@@ -323,6 +328,43 @@ fn zeros(pages: u64, plan: &Plan) -> Result<Row> {
         "times",
         format!(
             "first round {:.0} ns a page of zeros; merely reading them {:.0} ns a page",
+            per_page(median(pairs.iter().map(|p| p.0))),
+            per_page(median(pairs.iter().map(|p| p.1))),
+        ),
+    ))
+}
+
+/// Memory that was never touched, in a memfd.
+fn untouched(pages: u64) -> Result<Arc<MappedMemory>> {
+    let block = gleaner::Block::memfd("ram", pages * PAGE_SIZE)?;
+    let (file, _) = block.shared_backing()?;
+    Ok(Arc::new(MappedMemory::of_file(file.try_clone()?, pages)?))
+}
+
+fn holes(pages: u64, plan: &Plan) -> Result<Row> {
+    let to = memory(pages, || 0)?;
+    let pairs = turn_about(
+        plan.pick(7, 1),
+        || {
+            let (report, took) = migrate(&untouched(pages)?, &to)?;
+            if (report.zero_pages, report.pages_sent) != (pages, 0) {
+                return Err("wire/holes: pages that nobody touched were sent".into());
+            }
+            Ok(took)
+        },
+        || {
+            let memory = untouched(pages)?;
+            Ok::<_, crate::Error>(read_all(&memory)?.0)
+        },
+    )?;
+    let per_page = |seconds: f64| seconds * 1e9 / pages as f64;
+    Ok(Row::new(
+        "wire/holes",
+        Aim::AtMost(AIM_HOLES),
+        ratios(&pairs),
+        "times",
+        format!(
+            "first round {:.1} ns a page that nobody touched, in a memfd; reading, which allocates them, {:.0} ns a page",
             per_page(median(pairs.iter().map(|p| p.0))),
             per_page(median(pairs.iter().map(|p| p.1))),
         ),
