@@ -98,8 +98,14 @@ impl Writers {
 
 impl Drop for Writing {
     fn drop(&mut self) {
-        self.0.lock().writing -= 1;
-        self.0.changed.notify_all();
+        let mut state = self.0.lock();
+        state.writing -= 1;
+        // Who waits for a writer has made it quiet before. Waking nobody would still be a system call, at every exit.
+        let awaited = state.quiet && state.writing == 0;
+        drop(state);
+        if awaited {
+            self.0.changed.notify_all();
+        }
     }
 }
 
