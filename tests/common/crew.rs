@@ -118,11 +118,12 @@ fn run(shared: &Shared, mut vcpu: VcpuFd, index: usize, on_exit: impl Fn(&Shared
                     shared.exits[index].fetch_add(1, Ordering::SeqCst);
                 }
             }
-            Turn::Stopped(mut parked) => {
-                while let Some(exit) = parked.complete_io().unwrap() {
+            Turn::Stopped(parked) => {
+                let drained = parked.complete_io(|exit| {
                     handle(shared, exit);
-                }
-                parked.serve(|_| Ok(Vec::new()));
+                    Ok::<_, gleaner::Error>(())
+                });
+                drained.unwrap().serve(|_| Ok(Vec::new()));
             }
             Turn::Shutdown => return,
         }
