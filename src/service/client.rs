@@ -27,6 +27,8 @@ pub struct ServiceClient {
     /// Blocks mapped so far, with their lengths.
     blocks: BTreeMap<BlockId, Arc<MappedMemory>>,
     lengths: BTreeMap<BlockId, u64>,
+    /// The service has been asked to let go of the guest.
+    relinquished: bool,
 }
 
 /// How the service took the agent.
@@ -56,6 +58,7 @@ impl ServiceClient {
             path: path.to_path_buf(),
             blocks: BTreeMap::new(),
             lengths: BTreeMap::new(),
+            relinquished: false,
         };
         let hello = Request::Hello {
             version: VERSION,
@@ -64,6 +67,7 @@ impl ServiceClient {
         match client.ask(&hello)? {
             (Response::Welcome { .. }, _) => Ok(Attach::Ready(client)),
             (Response::InDoubt { migration }, _) => {
+                client.relinquished = true;
                 Ok(Attach::InDoubt(client, MigrationId(migration)))
             }
             (other, _) => Err(client.unexpected(&other)),
@@ -209,6 +213,8 @@ impl Source for ServiceClient {
     }
 
     fn relinquish(&mut self) -> Result<()> {
+        // Whether the answer comes or not: the service may have heard it.
+        self.relinquished = true;
         self.done(&Request::Relinquish)
     }
 
@@ -217,7 +223,18 @@ impl Source for ServiceClient {
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.done(&Request::Resume)
+        let resumed = self.ask(&Request::Resume);
+        if let Err(Error::Socket { source, .. }) = &resumed
+            && !self.relinquished
+        {
+            // The service lets the guest go on when its agent hangs up, and one that is gone has no guest.
+            tracing::warn!(%source, "the service can't be told that the attempt is over; hanging up says so too");
+            return Ok(());
+        }
+        match resumed.map_err(MigrateError::source)? {
+            (Response::Done, _) => Ok(()),
+            (other, _) => Err(MigrateError::source(self.unexpected(&other))),
+        }
     }
 
     fn transactions(&mut self) -> Result<u64> {

@@ -101,6 +101,8 @@ impl Service {
 
 /// How long an agent may be silent while the guest is stopped for it: longer than any destination may be silent.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(120);
+/// How long an agent may take to say hello.
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries to accept a connection.
 const RETRY: Duration = Duration::from_millis(50);
 
@@ -165,6 +167,8 @@ where
         *lock(current) = None;
         return Ok(());
     }
+    // Whoever is attached keeps others out, so it has to begin.
+    stream.set_read_timeout(Some(HELLO_PATIENCE))?;
     let attached = Attached {
         session: &mut session,
         current,

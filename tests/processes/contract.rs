@@ -163,7 +163,7 @@ fn ctrl_c_ends_a_guest_that_an_agent_migrates() {
     let send = guest.send(&receive.address, &["--bandwidth-limit", "4M"]);
     receive.wait_begun();
     assert_eq!(guest.process.interrupt().code, Some(0));
-    send.end().status("in-doubt", 1);
+    send.end().status("failed", 1);
     receive.wait_end().failed("cancelled", "service socket");
 }
 
