@@ -7,9 +7,8 @@ const STRIDE: usize = 8;
 
 /// The runs of set bits in a bitmap, in order: an iterator whose cost follows words and runs, never set bits.
 ///
-/// It looks for *edges*, bits that differ from the bit before them. All edges of a word come from one exclusive or, and
-/// walking them costs no branch that depends on the bits: dense bitmaps cost a nanosecond or two a run. Where nothing
-/// changes, several words are passed at once.
+/// It looks for *edges*, bits that differ from the bit before them. All edges of a word come from one exclusive or, so that
+/// dense bitmaps cost few mispredicted branches. Where nothing changes, several words are passed at once.
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
     /// Up to the word of the last bit.
