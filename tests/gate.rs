@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::crew::{Crew, Shared};
 use common::faulty::{self, Faults};
-use common::{Copy, MODES, Watchdog, kvm};
+use common::{Copy, MODES, Random, Watchdog, kvm};
 use gleaner::vmm::guest::HOME;
 use gleaner::{Block, Error, Fault, PAGE_SIZE, PageRange, Start, Tracker, Tracking};
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
@@ -114,6 +114,46 @@ fn closing_and_opening_a_thousand_times_loses_no_kick() {
         tx.commit().unwrap();
         if round % 2 == 0 {
             crew.shared.wait_for_progress(&exits);
+        }
+    }
+}
+
+/// vCPUs that leave `KVM_RUN` only when they are kicked: a kick that is lost is a stop that fails.
+#[test]
+fn every_kick_arrives_at_vcpus_that_never_leave_by_themselves() {
+    if !kvm() {
+        return;
+    }
+    let _watchdog = Watchdog::new("vCPUs that spin");
+    let crew = Crew::spin(Tracking::Auto, 2);
+    let mut random = Random(0x91c);
+    for round in 1..=2000 {
+        if round % 16 == 0 {
+            let before = crew.shared.spun();
+            while crew
+                .shared
+                .spun()
+                .iter()
+                .zip(&before)
+                .any(|(now, then)| now <= then)
+            {
+                std::thread::yield_now();
+            }
+        } else {
+            // Somewhere on their way in.
+            for _ in 0..random.below(20_000) {
+                std::hint::spin_loop();
+            }
+        }
+        if round % 2 == 0 {
+            drop(crew.shared.tracker.stop(|| Ok(())).unwrap());
+        } else {
+            let mut tx = crew.shared.tracker.transaction();
+            tx.split(1, 100, 2);
+            tx.commit().unwrap();
+            let mut tx = crew.shared.tracker.transaction();
+            tx.merge(1, 2);
+            tx.commit().unwrap();
         }
     }
 }

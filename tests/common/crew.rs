@@ -6,12 +6,18 @@ use std::thread::JoinHandle;
 
 use gleaner::gate::Turn;
 use gleaner::vmm::guest::{Guest, HOME, MemoryMap, Workload, emulate_read, emulate_write};
-use gleaner::{Block, Tracker, TrackerBuilder, Tracking};
+use gleaner::{Block, PAGE_SIZE, Tracker, TrackerBuilder, Tracking};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::{GuestAddress, VolatileMemory};
+use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
 /// Writes between two exits: few, so that exits are many.
 const BATCH: u32 = 64;
+
+/// Counts at `rax` for ever.
+const SPIN: &[u8] = &[
+    0x48, 0xff, 0x00, // inc qword [rax]
+    0xeb, 0xfb, // jmp to the start
+];
 
 /// What threads share.
 pub struct Shared {
@@ -26,6 +32,14 @@ impl Shared {
     pub fn exits(&self) -> Vec<u64> {
         let exits = self.exits.iter();
         exits.map(|n| n.load(Ordering::SeqCst)).collect()
+    }
+
+    /// What vCPUs that spin have counted up to.
+    pub fn spun(&self) -> Vec<u64> {
+        let memory = self.ram.memory().as_volatile_slice();
+        (0..self.exits.len())
+            .map(|index| memory.read_obj((2 << 20) + index * 4096).unwrap())
+            .collect()
     }
 
     /// Waits until every vCPU has run since.
@@ -56,6 +70,31 @@ impl Crew {
         adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
         on_exit: impl Fn(&Shared, usize) + Clone + Send + 'static,
     ) -> Self {
+        Self::assemble(tracking, vcpus, adjust, on_exit, |_, _, _| ())
+    }
+
+    /// vCPUs that count in memory and never leave `KVM_RUN` by themselves.
+    pub fn spin(tracking: Tracking, vcpus: usize) -> Self {
+        let spin = |vcpu: &VcpuFd, index: usize, ram: &Block| {
+            let mut regs = vcpu.get_regs().unwrap();
+            let at = usize::try_from(regs.rip).unwrap();
+            ram.memory()
+                .as_volatile_slice()
+                .write_slice(SPIN, at)
+                .unwrap();
+            regs.rax = HOME + index as u64 * PAGE_SIZE;
+            vcpu.set_regs(&regs).unwrap();
+        };
+        Self::assemble(tracking, vcpus, |b| b, |_, _| (), spin)
+    }
+
+    fn assemble(
+        tracking: Tracking,
+        vcpus: usize,
+        adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
+        on_exit: impl Fn(&Shared, usize) + Clone + Send + 'static,
+        init: impl Fn(&VcpuFd, usize, &Block),
+    ) -> Self {
         let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
         let tracker = adjust(Tracker::builder(Arc::clone(&vm)).tracking(tracking))
             .build()
@@ -79,6 +118,7 @@ impl Crew {
             .map(|index| {
                 let vcpu = vm.create_vcpu(index as u64).unwrap();
                 guest.start(&vcpu, index).unwrap();
+                init(&vcpu, index, &shared.ram);
                 let (shared, on_exit) = (Arc::clone(&shared), on_exit.clone());
                 std::thread::spawn(move || run(&shared, vcpu, index, on_exit))
             })
