@@ -8,9 +8,12 @@ mod common;
 use common::changes::{CHANGES, Change, change, warm};
 use common::faulty::{self, Faults};
 use common::hand::{Hand, after, gpa, leased, pages};
-use common::{Copy, MODES, kvm};
+use common::{Copy, MODES, Random, kvm, let_run, machine_with};
+use gleaner::vmm::churn::{Kind, Shuffle};
+use gleaner::vmm::guest::Workload;
 use gleaner::{Block, Consumer, Error, Layout, Start, Tracking};
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// A guest by hand on a KVM that fails to order.
 fn faulty(tracking: Tracking) -> (Hand, Faults) {
@@ -227,5 +230,42 @@ fn a_failed_rollback_keeps_the_gate_closed_and_every_dirty_page_readable() {
                 assert!(!hand.may_run(), "{what}: the gate was opened");
             }
         }
+    }
+}
+
+/// The same with vCPUs that write all the time: they run again after each failure, and no write of theirs is lost.
+#[test]
+fn a_running_guest_loses_nothing_to_transactions_that_fail() {
+    if !kvm() {
+        return;
+    }
+    for (mode, tracking) in MODES {
+        let faults = Faults::default();
+        let mut machine = machine_with(tracking, 8 << 20, Workload::Random, 0xfa11, |b| {
+            faults.stand(b)
+        });
+        let tracker = machine.tracker().clone();
+        let mut shuffle = Shuffle::new(machine.ram().clone(), Kind::ALL.to_vec(), 0xfa11);
+        let mut random = Random(0xfa11);
+        let consumer = tracker.consumer(Start::AllDirty).unwrap();
+        let (mut copy, mut failed) = (Copy::default(), 0);
+        machine.start();
+        for round in 0..100 {
+            let_run(&mut random, 1000);
+            faults.fail(faulty::CHANGES, random.below(5));
+            let outcome = shuffle.step(&tracker);
+            let armed = faults.heal();
+            assert_eq!(outcome.is_err(), armed == 1, "{mode}, {round}: {outcome:?}");
+            failed += armed;
+            let_run(&mut random, 500);
+            let stopped = tracker.stop(|| Ok(())).unwrap();
+            tracker.harvest().unwrap();
+            copy.drain(&consumer);
+            assert_eq!(copy.differing(&tracker), [], "{mode}, {round}");
+            drop(stopped);
+        }
+        assert!(failed > 0, "{mode}");
+        let check = machine.check(Duration::from_secs(60)).unwrap();
+        assert!(check.is_ok(), "{mode}: {check}");
     }
 }
