@@ -90,7 +90,7 @@ struct Memory {
 
 impl Memory {
     fn of(block: &Block) -> Self {
-        let map = MmapOptions::new().map_raw(block.backing().unwrap());
+        let map = MmapOptions::new().map_raw(block.shared_backing().unwrap().0);
         Self {
             block: block.id(),
             map: map.unwrap(),
@@ -180,7 +180,9 @@ fn with_device(tracking: gleaner::Tracking) -> (Hand, Block, Device, Memory) {
     let hand = Hand::new(tracking);
     let block = hand.plug("ram", 300, 1, gpa(0));
     let device = Device::default();
-    hand.tracker.attach(device.log(&hand.tracker.layout()));
+    hand.tracker
+        .attach(device.log(&hand.tracker.layout()))
+        .unwrap();
     let memory = Memory::of(&block);
     (hand, block, device, memory)
 }
@@ -314,7 +316,9 @@ fn devices_that_had_agreed_follow_back_when_another_refuses() {
     }
     let (hand, block, first, memory) = with_device(MODES[0].1);
     let second = Device::default();
-    hand.tracker.attach(second.log(&hand.tracker.layout()));
+    hand.tracker
+        .attach(second.log(&hand.tracker.layout()))
+        .unwrap();
     let consumer = hand.tracker.consumer(Start::Empty).unwrap();
     second.wire().refuse_layout = true;
     let mut tx = hand.tracker.transaction();
@@ -336,6 +340,8 @@ fn devices_that_had_agreed_follow_back_when_another_refuses() {
 fn busy_device_loses(tracking: gleaner::Tracking, rounds: u64) -> u64 {
     let mut machine = machine(tracking, 8 << 20, Workload::Random, 0xde7);
     let tracker = machine.tracker().clone();
+    // A machine that was not started yet is stopped, and keeps its layout.
+    machine.start();
     // Only pages that no vCPU and nobody else writes: those of a block of the device's own.
     let block = Block::memfd("nic", 600 * PAGE_SIZE).unwrap();
     let memory = Memory::of(&block);
@@ -345,12 +351,11 @@ fn busy_device_loses(tracking: gleaner::Tracking, rounds: u64) -> u64 {
         .create(200, place, block.extent(block.info().all()));
     tx.commit().unwrap();
     let device = Device::default();
-    tracker.attach(device.log(&tracker.layout()));
+    tracker.attach(device.log(&tracker.layout())).unwrap();
     let mut shuffle = Shuffle::new(machine.ram().clone(), Kind::ALL[..7].to_vec(), 0xde7);
     let consumer = tracker.consumer(Start::AllDirty).unwrap();
     let (mut copy, mut lost) = (Copy::default(), 0);
     let over = AtomicBool::new(false);
-    machine.start();
     std::thread::scope(|s| {
         let (device, memory, over) = (&device, &memory, &over);
         s.spawn(move || {

@@ -318,7 +318,7 @@ fn no_page_is_lost_when_signals_cut_resets_short() {
 
 /// SIGSTOP can't be blocked: the one thing that cuts RESET short whatever its caller does.
 #[test]
-#[ignore = "stops the whole process again and again, and finds what KVM's count hides: a cut after the last entry"]
+#[ignore = "stops the whole process again and again; and now and then a stop is called off before it takes effect, which leaves no trace"]
 fn no_page_is_lost_when_the_process_is_stopped_and_continued() {
     if !kvm() {
         return;

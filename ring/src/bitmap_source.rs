@@ -90,8 +90,9 @@ impl DirtySource for BitmapSource {
         scope: Scope<'_>,
         into: &mut Collected,
     ) -> gleaner_bitmap::Result<()> {
-        // What an earlier attempt fetched and did not clear is fetched again.
-        self.fetched.clear();
+        // What an earlier attempt fetched and did not clear is fetched again, or still waits to be cleared.
+        self.fetched
+            .retain(|(slot, _)| !scope.covers(slot.key) && layout.slot(slot.key) == Some(slot));
         for slot in layout
             .slots()
             .filter(|s| !s.readonly && scope.covers(s.key))

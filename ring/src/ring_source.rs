@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gleaner_bitmap::{Collected, DirtySource, Layout, Rearm, Scope, Slot, SlotKey};
 
+use crate::signals::voluntary_switches;
 use crate::{DirtyRing, Error, Kvm, Result, with_signals_blocked};
 
 /// Calls of RESET without progress after which the rest is left to healing.
@@ -127,8 +128,15 @@ impl RingSource {
     }
 
     /// One RESET; returns how many entries it did.
+    ///
+    /// A stop that comes right after the last entry leaves up to 64 pages unarmed and the count complete. Its one trace is
+    /// that the thread was away when the call came back; being away for another reason costs a healing. Without a trace are a
+    /// stop that is called off before it takes effect, and task work (io_uring) of the calling thread: harvest and commit
+    /// from threads that do no such work.
     fn reset(&mut self) -> Result<u64> {
+        let before = voluntary_switches();
         let done = with_signals_blocked(|| self.kvm.reset_dirty_rings())??;
+        self.short |= done > 0 && voluntary_switches() != before;
         let stale = done.min(self.stale);
         self.stale -= stale;
         self.unreset = self.unreset.saturating_sub(done - stale);

@@ -1,10 +1,22 @@
-//! Blocking signals around a call that must not be cut short.
-#![allow(unsafe_code)] // pthread_sigmask: the C library's interface
+//! Calls that a signal must not cut short: blocking those that can be blocked, and noticing those that can't.
+#![allow(unsafe_code)] // pthread_sigmask, getrusage: the C library's interface
 
 use std::io;
 use std::mem::MaybeUninit;
 
 use crate::{Error, Result};
+
+/// How often this thread has given up its CPU of its own accord. A thread that is stopped (SIGSTOP, ptrace, the freezer) has,
+/// before it is back in user space.
+pub fn voluntary_switches() -> i64 {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to memory of the right type; zeroes are a valid rusage, should the call fail.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_nvcsw
+}
 
 /// Restores the mask when dropped, so that an unwinding closure leaves the thread as it was.
 struct Restore(libc::sigset_t);
