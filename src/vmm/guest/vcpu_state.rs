@@ -3,7 +3,6 @@
 // `set_xsave` is unsafe: it is the one call here whose length the kernel decides.
 #![allow(unsafe_code)]
 
-use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
@@ -12,6 +11,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::{GuestError, Result};
+use crate::codec;
 
 /// Of the format. A change of the fields changes it.
 const VERSION: u32 = 1;
@@ -110,7 +110,7 @@ impl VcpuState {
     /// [`GuestError::StateMalformed`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = VERSION.to_le_bytes().to_vec();
-        bincode::serde::encode_into_std_write(self, &mut bytes, CONFIG).map_err(malformed)?;
+        bytes.extend(codec::encode::<LIMIT>(self).map_err(malformed)?);
         Ok(bytes)
     }
 
@@ -129,10 +129,8 @@ impl VcpuState {
                 expected: VERSION,
             });
         }
-        let (state, _): (Self, usize) =
-            bincode::serde::decode_from_slice(fields, CONFIG).map_err(malformed)?;
-        // The decoder pads a KVM structure that is too short, cuts one that is too long, and ignores what follows. None
-        // of these encodes to the same bytes again.
+        let state: Self = codec::decode::<LIMIT, _>(fields).map_err(malformed)?;
+        // A KVM structure that is too short is padded, one that is too long is cut. Neither encodes to the same bytes again.
         if state.to_bytes()? != bytes {
             return Err(malformed(
                 "its parts do not have the lengths they must have",
@@ -149,10 +147,6 @@ impl VcpuState {
         Ok(state)
     }
 }
-
-const CONFIG: Configuration<LittleEndian, Fixint, Limit<LIMIT>> = bincode::config::standard()
-    .with_fixed_int_encoding()
-    .with_limit::<LIMIT>();
 
 fn malformed(what: impl ToString) -> GuestError {
     GuestError::StateMalformed {
