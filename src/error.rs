@@ -199,9 +199,6 @@ pub enum Error {
         /// Why.
         reason: String,
     },
-    /// The tracker is being taken down.
-    #[error("the tracker is shut down")]
-    Shutdown,
     /// A thread could not be started.
     #[error("thread {name}: {source}")]
     Thread {

@@ -86,12 +86,6 @@ impl LocalSource {
         })
     }
 
-    /// The tracker.
-    #[must_use]
-    pub const fn tracker(&self) -> &Tracker {
-        &self.tracker
-    }
-
     /// A block of the layout in force, or of an open lease.
     pub(crate) fn block(&self, id: BlockId) -> Option<Block> {
         let leased = || {

@@ -34,11 +34,6 @@ impl Consumer {
             open: true,
         })
     }
-
-    /// Makes pages dirty for this consumer alone. Ranges that no block has are passed over: the block has been removed.
-    pub fn mark(&self, extents: &[Extent]) {
-        self.store.mark(self.id, extents);
-    }
 }
 
 impl Drop for Consumer {

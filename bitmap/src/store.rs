@@ -147,21 +147,6 @@ impl DirtyStore {
         self.lock().consumers.remove(&id);
     }
 
-    /// Makes pages dirty for one consumer, as its destination wants them again.
-    pub(crate) fn mark(&self, id: ConsumerId, extents: &[Extent]) {
-        let mut inner = self.lock();
-        let Some(state) = inner.consumers.get_mut(&id) else {
-            return;
-        };
-        for extent in extents {
-            if let Some(sets) = state.sets.get_mut(&extent.block)
-                && extent.range.end() <= sets.dirty.pages()
-            {
-                sets.dirty.set_range(extent.range);
-            }
-        }
-    }
-
     pub(crate) fn dirty_pages(&self, id: ConsumerId) -> u64 {
         let inner = self.lock();
         inner

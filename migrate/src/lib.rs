@@ -1,24 +1,23 @@
 //! Gleaner's migration stream: wire format, sender, receiver, stop policy. No KVM.
 //!
 //! ```no_run
-//! # fn parts() -> (Box<dyn gleaner_migrate::Source>, Box<dyn gleaner_migrate::Destination>) { unimplemented!() }
 //! use gleaner_migrate::*;
-//! # let (mut source, mut destination) = parts();
+//! # fn example(source: &mut dyn Source, destination: &mut dyn Destination) -> Result<()> {
 //! // the destination
 //! let listener = Listener::bind(&"unix:/run/in.sock".parse()?)?;
-//! let received = Receiver::new(&mut *destination, ReceiverOptions::default()).listen(&listener)?;
+//! let received = Receiver::new(destination, ReceiverOptions::default()).listen(&listener)?;
 //! println!("{:?} {:?}", received.status, received.reason);
 //!
 //! // the source
 //! let to: Address = "unix:/run/in.sock".parse()?;
 //! let id = MigrationId::random()?;
-//! let report = Sender::new(&mut *source, SenderOptions::new(id)).run(connect(&to)?);
+//! let report = Sender::new(source, SenderOptions::new(id)).run(connect(&to)?);
 //! if report.status == Status::InDoubt {
 //!     // No answer after GO: the destination knows, when it can be reached again.
 //!     let outcome = query(&to, id, std::time::Duration::from_secs(5))?;
-//!     resolve(&mut *source, outcome)?;
+//!     resolve(source, outcome)?;
 //! }
-//! # Ok::<(), gleaner_migrate::Error>(())
+//! # Ok(()) }
 //! ```
 //!
 //! ```text

@@ -137,12 +137,6 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
         matches!(self.phase, Phase::Stopped)
     }
 
-    /// Whether the guest has been let go of, and may be running elsewhere.
-    #[must_use]
-    pub const fn is_relinquished(&self) -> bool {
-        matches!(self.phase, Phase::Committing | Phase::Complete)
-    }
-
     fn hello(&mut self, version: u32, migration: [u8; 16]) -> Reply {
         if version != VERSION {
             return Response::Error(format!(

@@ -339,6 +339,7 @@ pub struct StoppedGuest {
     // In this order: the layout may change and writers go on before the vCPUs do.
     #[allow(dead_code)] // for its drop
     thaw: Thaw,
+    #[allow(dead_code)] // for its drop
     quiet: QuietWriters,
     vcpus: StoppedVcpus,
 }
@@ -347,10 +348,5 @@ impl StoppedGuest {
     /// The stopped vCPUs, for saving their state.
     pub const fn vcpus(&self) -> &StoppedVcpus {
         &self.vcpus
-    }
-
-    /// The writers that are kept out.
-    pub const fn writers(&self) -> &QuietWriters {
-        &self.quiet
     }
 }

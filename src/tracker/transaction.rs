@@ -152,9 +152,10 @@ impl<'t> Transaction<'t> {
     /// map. The VM-wide lock is held meanwhile: it must not call the tracker, nor drop a consumer.
     ///
     /// # Errors
-    /// [`Error::Stopped`] while the guest is stopped for a switchover. [`Error::BlockReused`]. [`Error::Bitmap`] when the steps don't lead to a valid layout, or a source fails; [`Error::TransactionFailed`] when KVM
-    /// refuses a call: in all these cases the old layout is in force and no bit is gone. [`Error::RollbackFailed`]: the gate
-    /// stays closed. [`Error::Broken`] after that.
+    /// [`Error::Stopped`] while the guest is stopped for a switchover; [`Error::BlockReused`]; [`Error::Bitmap`] when the steps
+    /// don't lead to a valid layout, or a source fails; [`Error::TransactionFailed`] when KVM refuses a call: in all these
+    /// cases the old layout is in force and no bit is gone. [`Error::RollbackFailed`]: the gate stays closed.
+    /// [`Error::Broken`] after that.
     pub fn commit_with(self, publish: impl FnOnce(&Layout)) -> Result<TransactionReport> {
         let shared = self.shared;
         let mut state = shared.lock();

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use gleaner::vmm::guest::{
     CheckResult, Guest, GuestEvent, Mailbox, MemoryMap, VcpuState, Workload, emulate_read,
-    emulate_write, finish_io,
+    emulate_write,
 };
 use gleaner_bitmap::{PAGE_SIZE, PageRange};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
@@ -204,10 +204,21 @@ pub fn boot(ram: u64, vcpus: usize, workload: Workload, batch: u32) -> Option<(V
     Some((vm, vcpus))
 }
 
+/// Lets KVM finish the instruction of the last exit, which it does at the next `KVM_RUN` only, without running on: as the
+/// gate does for a machine.
+pub fn finish_io(vcpu: &mut VcpuFd) {
+    vcpu.set_kvm_immediate_exit(1);
+    match vcpu.run() {
+        Err(error) => assert_eq!(error.errno(), libc::EINTR),
+        Ok(exit) => panic!("another exit follows: {exit:?}"),
+    }
+    vcpu.set_kvm_immediate_exit(0);
+}
+
 /// The same guest in a new VM: registers through bytes, memory by copy.
 pub fn migrate(vm: Vm, mut vcpus: Vec<VcpuFd>) -> (Vm, Vec<VcpuFd>) {
     let save = |vcpu: &mut VcpuFd| {
-        finish_io(vcpu).unwrap();
+        finish_io(vcpu);
         VcpuState::save(&vm.kvm, vcpu).unwrap().to_bytes().unwrap()
     };
     let states: Vec<Vec<u8>> = vcpus.iter_mut().map(save).collect();

@@ -81,12 +81,6 @@ pub enum GuestError {
         /// The data.
         data: Vec<u8>,
     },
-    /// The last exit of a vCPU is not over: completing it led to the next one.
-    #[error("completing the last exit led to another one: {exit}")]
-    Unfinished {
-        /// The exit.
-        exit: String,
-    },
     /// The saved state of a vCPU is of another version.
     #[error(
         "vCPU state has version {found}, expected {expected}: both sides must be of the same release"

@@ -49,5 +49,5 @@ pub use exits::{GuestEvent, PORT_BATCH, PORT_CHECK, emulate_read, emulate_write}
 pub use mailbox::{CheckResult, Mailbox};
 pub use memory_map::{HOME, LOW_PAGES, MemoryMap, VcpuPages};
 pub use program::STAMP;
-pub use vcpu_state::{VcpuState, finish_io};
+pub use vcpu_state::VcpuState;
 pub use workload::{Workload, parse_size};

@@ -7,7 +7,7 @@ use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::{GuestError, Result};
@@ -35,7 +35,7 @@ const MSRS: [u32; 12] = [
     0xc000_0103, // TSC_AUX
 ];
 
-/// The state of a vCPU that is out of `KVM_RUN`, its last exit completed (see [`finish_io`]). CPUID is not part of it:
+/// The state of a vCPU that is out of `KVM_RUN`, its last exit completed (see [`crate::gate::Parked::complete_io`]). CPUID is not part of it:
 /// the guest's vCPUs have none.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -194,29 +194,6 @@ fn all_of(done: usize, wanted: usize, call: &'static str) -> Result<()> {
 }
 
 const EINVAL: i32 = 22;
-const EINTR: i32 = 4;
-
-/// Lets KVM finish the instruction of the last exit, which it does at the next `KVM_RUN` only, without running on.
-/// Needed before [`VcpuState::save`], and before the last harvest: completing may write memory.
-///
-/// # Errors
-/// [`GuestError::Unfinished`] when another exit follows, which must be handled first; [`GuestError::Kvm`].
-pub fn finish_io(vcpu: &mut VcpuFd) -> Result<()> {
-    vcpu.set_kvm_immediate_exit(1);
-    let result = match vcpu.run() {
-        Err(e) if e.errno() == EINTR => Ok(()),
-        Err(cause) => Err(GuestError::Kvm {
-            call: "KVM_RUN",
-            cause,
-        }),
-        Ok(VcpuExit::Intr) => Ok(()),
-        Ok(exit) => Err(GuestError::Unfinished {
-            exit: format!("{exit:?}"),
-        }),
-    };
-    vcpu.set_kvm_immediate_exit(0);
-    result
-}
 
 #[cfg(test)]
 mod tests {
