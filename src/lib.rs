@@ -67,7 +67,7 @@ pub use gleaner_bitmap::{
     PageBitmap, PageRange, Slot, SlotKey, Start, WriteLog, WriteLogSlice,
 };
 pub use gleaner_migrate as migrate;
-pub use gleaner_ring::{Capabilities, Mode, Tracking};
+pub use gleaner_ring::{Capabilities, Mode, Tracking, model};
 pub use source::{Hooks, LocalSource};
 #[cfg(feature = "mutants")]
 pub use tracker::Fault;

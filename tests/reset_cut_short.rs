@@ -17,7 +17,7 @@ use gleaner::vmm::Machine;
 use gleaner::vmm::churn::{Kind, Shuffle};
 use gleaner::vmm::guest::Workload;
 use gleaner::{Error, PageRange, SlotKey, Start, TrackerBuilder, Tracking};
-use gleaner_ring::{Kvm, Region, Result};
+use gleaner_ring::{Capabilities, Kvm, Mode, Region, Reset, Result};
 
 #[test]
 fn pages_are_held_back_until_the_rings_are_healed() {
@@ -243,6 +243,14 @@ impl Signals {
 }
 
 impl Kvm for Exposed {
+    fn capabilities(&self) -> Capabilities {
+        self.kvm.capabilities()
+    }
+
+    fn enable(&self, mode: Mode) -> Result<()> {
+        self.kvm.enable(mode)
+    }
+
     fn set_region(&self, what: &'static str, region: &Region) -> Result<()> {
         if what == "flags" && !region.log {
             self.healed.fetch_add(1, Ordering::SeqCst);
@@ -262,13 +270,14 @@ impl Kvm for Exposed {
         self.kvm.clear_dirty_log(key, range, words)
     }
 
-    fn reset_dirty_rings(&self) -> Result<u64> {
+    fn reset_dirty_rings(&self) -> Result<Reset> {
         let before = ARRIVED.load(Ordering::SeqCst);
-        let done = self.signals.exposed(|| self.kvm.reset_dirty_rings())?;
+        let mut done = self.signals.exposed(|| self.kvm.reset_dirty_rings())?;
         // A signal that comes after the last entry has been counted leaves pages unarmed, and the count whole: nothing
         // that KVM returns tells. Here it is known.
         let arrived = ARRIVED.load(Ordering::SeqCst) > before;
-        Ok(done.saturating_sub(u64::from(arrived)))
+        done.entries = done.entries.saturating_sub(u64::from(arrived));
+        Ok(done)
     }
 
     fn set_manual_protect(&self, on: bool, initially_set: bool) -> Result<()> {

@@ -12,7 +12,9 @@ use gleaner::{PAGE_SIZE, Start, Tracking};
 use gleaner_bitmap::{
     BlockInfo, DirtySource, DirtyStore, Harvester, Layout, PageRange, Scope, Slot, SlotKey,
 };
-use gleaner_ring::{BitmapSource, Kvm, Mode, Region, RingSource, StockKvm};
+use gleaner_ring::{
+    BitmapSource, Capabilities, Kvm, Mode, Region, Reset, RingSource, StockKvm, VcpuIdentity,
+};
 
 use crate::row::{Aim, Row};
 use crate::sample::{Spread, ns, time};
@@ -44,6 +46,14 @@ impl TimedKvm {
 }
 
 impl Kvm for TimedKvm {
+    fn capabilities(&self) -> Capabilities {
+        self.kvm.capabilities()
+    }
+
+    fn enable(&self, mode: Mode) -> gleaner_ring::Result<()> {
+        self.kvm.enable(mode)
+    }
+
     fn set_region(&self, what: &'static str, region: &Region) -> gleaner_ring::Result<()> {
         self.timed(|kvm| kvm.set_region(what, region))
     }
@@ -65,7 +75,7 @@ impl Kvm for TimedKvm {
         self.timed(|kvm| kvm.clear_dirty_log(key, range, words))
     }
 
-    fn reset_dirty_rings(&self) -> gleaner_ring::Result<u64> {
+    fn reset_dirty_rings(&self) -> gleaner_ring::Result<Reset> {
         self.timed(StockKvm::reset_dirty_rings)
     }
 
@@ -115,7 +125,7 @@ fn sources(name: String, tracking: Tracking, pages: u64, plan: &Plan) -> Result<
             let mut source = RingSource::new(Arc::clone(&kvm) as Arc<dyn Kvm>);
             for (id, ring) in (0..).zip(vm.rings()?) {
                 // The descriptor tells vCPUs of one id apart; here each is met once.
-                source.add(id, -1, || Ok(ring))?;
+                source.add(id, VcpuIdentity(id), || Ok(ring))?;
             }
             Box::new(source)
         }

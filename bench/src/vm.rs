@@ -11,7 +11,7 @@ use gleaner::vmm::guest::{
 };
 use gleaner::{Block, Consumer, PAGE_SIZE, Start, Tracker, Tracking};
 use gleaner_bitmap::{PageRange, SlotKey};
-use gleaner_ring::{Capabilities, DirtyRing, HostRange, Kvm as _, Mode, Region, StockKvm};
+use gleaner_ring::{DirtyRing, HostRange, Kvm as _, Mode, Region, StockKvm};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, VolatileMemory};
 
@@ -254,9 +254,11 @@ impl BareVm {
     /// See [`Parts::new`]; `hot` of 0 sweeps. All slots are logged.
     pub fn new(tracking: Tracking, slot: u64, hot: u64, vcpus: usize, batch: u32) -> Result<Self> {
         let parts = Parts::new(slot, (hot > 0).then_some(hot), vcpus, batch)?;
-        let mode = Capabilities::query(&parts.vm).enable(&parts.vm, tracking)?;
+        let kvm = Arc::new(StockKvm::new(Arc::clone(&parts.vm)));
+        let mode = kvm.capabilities().settle(tracking)?;
+        kvm.enable(mode)?;
         let vm = Self {
-            kvm: Arc::new(StockKvm::new(Arc::clone(&parts.vm))),
+            kvm,
             vcpus: (0..vcpus).map(|i| parts.vcpu(i)).collect::<Result<_>>()?,
             mode,
             parts,

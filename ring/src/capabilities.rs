@@ -119,14 +119,11 @@ impl Capabilities {
         }
     }
 
-    /// Settles and switches on a way of tracking, before any vCPU exists.
-    ///
-    /// Manual protection is switched off unless the mode is [`Mode::BitmapClear`]: a VMM may have enabled it, and KVM
-    /// accepts it together with rings or a plain log, where it loses pages.
+    /// The mode that a user's choice comes down to here.
     ///
     /// # Errors
-    /// [`Error::RingSize`], [`Error::NotOffered`], [`Error::EnableCapability`] (EINVAL for a ring: a vCPU exists already).
-    pub fn enable(&self, vm: &VmFd, tracking: Tracking) -> Result<Mode> {
+    /// [`Error::RingSize`], [`Error::NotOffered`].
+    pub fn settle(&self, tracking: Tracking) -> Result<Mode> {
         let mode = match tracking {
             Tracking::Auto if self.ring_bytes_max > 0 => Mode::Ring {
                 bytes: self.ring_bytes_max.min(1 << 20),
@@ -137,23 +134,30 @@ impl Capabilities {
             Tracking::Ring { bytes } => Mode::Ring { bytes },
         };
         match mode {
-            Mode::Bitmap => self.manual_off(vm)?,
-            Mode::BitmapClear if !self.manual_protect => {
-                return Err(Error::NotOffered {
-                    mode: "bitmap-clear",
-                });
-            }
-            Mode::BitmapClear => {
-                enable_manual_protect(vm, MANUAL_ENABLE)?;
+            Mode::BitmapClear if !self.manual_protect => Err(Error::NotOffered {
+                mode: "bitmap-clear",
+            }),
+            Mode::Ring { .. } if self.ring_bytes_max == 0 => {
+                Err(Error::NotOffered { mode: "ring" })
             }
             Mode::Ring { bytes } => {
-                if self.ring_bytes_max == 0 {
-                    return Err(Error::NotOffered { mode: "ring" });
-                }
                 let (bytes, max) = (u64::from(bytes), u64::from(self.ring_bytes_max));
-                if !bytes.is_power_of_two() || !(RING_BYTES_MIN..=max).contains(&bytes) {
-                    return Err(Error::RingSize { bytes, max });
+                if bytes.is_power_of_two() && (RING_BYTES_MIN..=max).contains(&bytes) {
+                    Ok(mode)
+                } else {
+                    Err(Error::RingSize { bytes, max })
                 }
+            }
+            Mode::Bitmap | Mode::BitmapClear => Ok(mode),
+        }
+    }
+
+    /// Switches a mode on: see [`Kvm::enable`](crate::Kvm::enable).
+    pub(crate) fn enable(&self, vm: &VmFd, mode: Mode) -> Result<()> {
+        match mode {
+            Mode::Bitmap => self.manual_off(vm)?,
+            Mode::BitmapClear => enable_manual_protect(vm, MANUAL_ENABLE)?,
+            Mode::Ring { bytes } => {
                 self.manual_off(vm)?;
                 enable(
                     vm,
@@ -161,7 +165,7 @@ impl Capabilities {
                         "KVM_CAP_DIRTY_LOG_RING_ACQ_REL",
                         KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
                     ),
-                    bytes,
+                    bytes.into(),
                     " (rings are enabled once, before the first vCPU)",
                 )?;
                 // What no vCPU dirties goes to a bitmap there; it has to be on before there is any slot.
@@ -186,7 +190,7 @@ impl Capabilities {
                 "",
             )?;
         }
-        Ok(mode)
+        Ok(())
     }
 
     fn manual_off(&self, vm: &VmFd) -> Result<()> {

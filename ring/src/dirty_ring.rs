@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use gleaner_bitmap::SlotKey;
@@ -11,10 +12,6 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::{Error, Result};
 
-/// The exit reason with which `KVM_RUN` returns when the ring is (softly) full; `kvm-ioctls` reports it as
-/// `VcpuExit::Unsupported`.
-pub const RING_FULL_EXIT: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
-
 /// The kernel has written the entry.
 const DIRTY: u32 = 1;
 /// User space has read it.
@@ -22,15 +19,94 @@ const RESET: u32 = 2;
 const ENTRY_BYTES: u32 = 16;
 const _: () = assert!(size_of::<kvm_dirty_gfn>() == ENTRY_BYTES as usize);
 
-/// The mapped ring of one vCPU.
+/// The entries of one vCPU's ring: memory that kernel and user space share.
+#[derive(Debug)]
+pub(crate) struct Entries {
+    map: MmapRaw,
+    /// A power of two.
+    count: u32,
+}
+
+impl Entries {
+    /// Memory for a ring of the model's, all entries free.
+    pub(crate) fn anonymous(bytes: u32) -> io::Result<Self> {
+        let map = MmapOptions::new().len(bytes as usize).map_anon()?;
+        Ok(Self {
+            map: map.into(),
+            count: bytes / ENTRY_BYTES,
+        })
+    }
+
+    pub(crate) const fn count(&self) -> u32 {
+        self.count
+    }
+
+    fn entry(&self, index: u32) -> *mut kvm_dirty_gfn {
+        let at = (index & (self.count - 1)) as usize;
+        // SAFETY: `at` is below `count`, and the map has `count` times 16 bytes.
+        unsafe { self.map.as_mut_ptr().cast::<kvm_dirty_gfn>().add(at) }
+    }
+
+    fn flags(&self, index: u32) -> &AtomicU32 {
+        let entry = self.entry(index);
+        // SAFETY: the entry lies in the map, which lives as long as `self`; the field is aligned, and both sides use it
+        // atomically.
+        unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) }
+    }
+
+    fn read(&self, index: u32) -> (SlotKey, u64) {
+        let entry = self.entry(index);
+        // SAFETY: the entry lies in the map. Who reads has seen flags that say that the other side leaves both fields
+        // alone.
+        let (slot, offset) = unsafe {
+            (
+                (&raw const (*entry).slot).read_volatile(),
+                (&raw const (*entry).offset).read_volatile(),
+            )
+        };
+        (SlotKey::from_raw(slot), offset)
+    }
+
+    /// The kernel's side: writes an entry; `false` when the one at `index` is not free.
+    pub(crate) fn push(&self, index: u32, key: SlotKey, page: u64) -> bool {
+        let flags = self.flags(index);
+        if flags.load(Ordering::Acquire) != 0 {
+            return false;
+        }
+        let entry = self.entry(index);
+        // SAFETY: the entry lies in the map; while its flags are 0 it is the kernel's alone, whose side this is.
+        unsafe {
+            (&raw mut (*entry).slot).write_volatile(key.raw());
+            (&raw mut (*entry).offset).write_volatile(page);
+        }
+        flags.store(DIRTY, Ordering::Release);
+        true
+    }
+
+    /// The kernel's side: whether user space has read an entry.
+    pub(crate) fn is_reset(&self, index: u32) -> bool {
+        self.flags(index).load(Ordering::Acquire) == RESET
+    }
+
+    /// The kernel's side: takes an entry that user space has read, and frees it.
+    pub(crate) fn take_reset(&self, index: u32) -> Option<(SlotKey, u64)> {
+        if !self.is_reset(index) {
+            return None;
+        }
+        let read = self.read(index);
+        self.flags(index).store(0, Ordering::Release);
+        Some(read)
+    }
+}
+
+/// The ring of one vCPU, as user space reads it.
 ///
 /// The kernel fills entries strictly in order and so are they read. An entry goes from 0 to `DIRTY` (kernel, release),
 /// to `RESET` (here, release), to 0 (kernel, in `KVM_RESET_DIRTY_RINGS`). Slot and offset stay untouched: the kernel reads
 /// them again when it re-arms the page.
 #[derive(Debug)]
 pub struct DirtyRing {
-    map: MmapRaw,
-    entries: u32,
+    entries: Arc<Entries>,
     /// Index of the next entry to read; wraps, and is masked for use.
     next: u32,
 }
@@ -51,58 +127,40 @@ impl DirtyRing {
             .len(bytes as usize)
             .map_raw(vcpu.as_raw_fd())
             .map_err(fail)?;
-        Ok(Self {
+        Ok(Self::of(Arc::new(Entries {
             map,
-            entries: bytes / ENTRY_BYTES,
-            next: 0,
-        })
+            count: bytes / ENTRY_BYTES,
+        })))
+    }
+
+    pub(crate) const fn of(entries: Arc<Entries>) -> Self {
+        Self { entries, next: 0 }
     }
 
     /// Number of entries.
     #[must_use]
-    pub const fn entries(&self) -> u32 {
-        self.entries
-    }
-
-    fn entry(&self, index: u32) -> *mut kvm_dirty_gfn {
-        let at = (index & (self.entries - 1)) as usize;
-        // SAFETY: `at` is below `entries`, and the map has `entries` times 16 bytes.
-        unsafe { self.map.as_mut_ptr().cast::<kvm_dirty_gfn>().add(at) }
-    }
-
-    fn flags(&self, index: u32) -> &AtomicU32 {
-        let entry = self.entry(index);
-        // SAFETY: the entry lies in the map, which lives as long as `self`; the field is aligned, and both sides use it
-        // atomically.
-        unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) }
+    pub fn entries(&self) -> u32 {
+        self.entries.count
     }
 
     /// Takes the next entry, if the kernel has written one: (slot, page of the slot).
     pub fn pop(&mut self) -> Option<(SlotKey, u64)> {
-        let flags = self.flags(self.next);
+        let flags = self.entries.flags(self.next);
         if flags.load(Ordering::Acquire) != DIRTY {
             return None;
         }
-        let entry = self.entry(self.next);
-        // SAFETY: the entry lies in the map; with DIRTY seen by acquire, the kernel has written both fields and leaves
-        // them alone until the entry is reset.
-        let (slot, offset) = unsafe {
-            (
-                (&raw const (*entry).slot).read_volatile(),
-                (&raw const (*entry).offset).read_volatile(),
-            )
-        };
+        // With DIRTY seen by acquire, the kernel has written both fields and leaves them alone until the entry is reset.
+        let read = self.entries.read(self.next);
         flags.store(RESET, Ordering::Release);
         self.next = self.next.wrapping_add(1);
-        Some((SlotKey::from_raw(slot), offset))
+        Some(read)
     }
 
     /// After the log was lost: moves to the next entry that the kernel has written, if there is any.
     pub(crate) fn resynchronise(&mut self) {
-        let ahead = (0..self.entries).find(|&n| {
-            self.flags(self.next.wrapping_add(n))
-                .load(Ordering::Acquire)
-                == DIRTY
+        let ahead = (0..self.entries.count).find(|&n| {
+            let flags = self.entries.flags(self.next.wrapping_add(n));
+            flags.load(Ordering::Acquire) == DIRTY
         });
         self.next = self.next.wrapping_add(ahead.unwrap_or(0));
     }

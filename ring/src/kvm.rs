@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use gleaner_bitmap::{PageRange, SlotKey};
 
-use crate::Result;
+use crate::{Capabilities, Mode, Result};
 
 /// Host memory that a slot may map, with what keeps it mapped.
 #[derive(Clone)]
@@ -84,8 +84,28 @@ impl Region {
     }
 }
 
+/// What a RESET of the rings did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Reset {
+    /// Entries that were reset.
+    pub entries: u64,
+    /// The calling thread was stopped meanwhile: up to 64 of their pages may be unarmed, although they are counted.
+    pub disturbed: bool,
+}
+
 /// The memory calls of one VM. Every call is made by the process that made the VM (any other gets EIO).
 pub trait Kvm: Send + Sync {
+    /// What it offers.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Switches a way of tracking on, before any vCPU exists. Manual protection is switched off unless the mode is
+    /// [`Mode::BitmapClear`]: a VMM may have enabled it, and KVM accepts it together with rings or a plain log, where it
+    /// loses pages.
+    ///
+    /// # Errors
+    /// [`crate::Error::EnableCapability`] (EINVAL for a ring: a vCPU exists already).
+    fn enable(&self, mode: Mode) -> Result<()>;
+
     /// Creates a slot, moves it, or changes its flags: `KVM_SET_USER_MEMORY_REGION`, one kind of change a call. The
     /// implementation keeps the region's host memory mapped for as long as the slot exists.
     ///
@@ -113,13 +133,13 @@ pub trait Kvm: Send + Sync {
     /// [`crate::Error::ClearDirtyLog`], [`crate::Error::LogBuffer`].
     fn clear_dirty_log(&self, key: SlotKey, range: PageRange, words: &[u64]) -> Result<()>;
 
-    /// Re-arms the pages of all ring entries marked as harvested; returns how many entries that were. Call it with all
-    /// signals blocked ([`crate::with_signals_blocked`]): a signal ends it early and leaves up to 64 pages unarmed but
-    /// counted (Linux 6.16 and later).
+    /// Re-arms the pages of all ring entries marked as harvested. Call it with all signals blocked
+    /// ([`crate::with_signals_blocked`]): a signal ends it early and leaves up to 64 pages unarmed but counted (Linux 6.16
+    /// and later).
     ///
     /// # Errors
     /// [`crate::Error::ResetRings`].
-    fn reset_dirty_rings(&self) -> Result<u64>;
+    fn reset_dirty_rings(&self) -> Result<Reset>;
 
     /// Manual protection: off, on, or on with all bits initially set in logs that start from now on.
     ///

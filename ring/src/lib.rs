@@ -1,6 +1,8 @@
 //! KVM's dirty log and dirty ring as dirty sources.
 //!
 //! * [`Kvm`]: the memory calls of a VM, as a trait; [`StockKvm`] makes them for real.
+//! * [`Vcpu`]: what runs the guest, and how it is kicked.
+//! * [`model`]: a software KVM behind the same trait.
 //! * [`MemslotCall`]: one change of one slot, and its inverse.
 //! * [`Tracking`], [`Capabilities`]: which way of tracking the kernel offers, and how it is switched on.
 //! * [`BitmapSource`]: `KVM_GET_DIRTY_LOG`, with or without manual protection.
@@ -17,16 +19,20 @@ mod capabilities;
 mod dirty_ring;
 mod error;
 mod kvm;
+pub mod model;
 mod ring_source;
+mod run_page;
 mod signals;
 mod stock;
+mod vcpu;
 
 pub use bitmap_source::BitmapSource;
 pub use calls::MemslotCall;
 pub use capabilities::{Capabilities, Mode, Tracking};
-pub use dirty_ring::{DirtyRing, RING_FULL_EXIT};
+pub use dirty_ring::DirtyRing;
 pub use error::{Error, Result};
-pub use kvm::{HostRange, Kvm, Region};
+pub use kvm::{HostRange, Kvm, Region, Reset};
 pub use ring_source::{RingHandle, RingSource};
 pub use signals::with_signals_blocked;
 pub use stock::StockKvm;
+pub use vcpu::{Entered, Kick, Vcpu, VcpuIdentity};

@@ -1,14 +1,12 @@
 //! The dirty rings of all vCPUs as one dirty source.
 
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use gleaner_bitmap::{Collected, DirtySource, Layout, Rearm, Scope, Slot, SlotKey};
 
-use crate::signals::voluntary_switches;
-use crate::{DirtyRing, Error, Kvm, Result, with_signals_blocked};
+use crate::{DirtyRing, Error, Kvm, Reset, Result, VcpuIdentity, with_signals_blocked};
 
 /// Calls of RESET without progress after which the rest is left to healing.
 const RESET_ATTEMPTS: u32 = 64;
@@ -31,8 +29,8 @@ impl RingHandle {
 #[derive(Debug)]
 struct Ring {
     vcpu: u64,
-    /// Descriptor of the vCPU, to tell it from another of the same id.
-    fd: RawFd,
+    /// To tell the vCPU from another of the same id.
+    identity: VcpuIdentity,
     ring: DirtyRing,
     handle: Arc<RingHandle>,
     /// Times in a row that the vCPU found its ring full and no entry could be read.
@@ -81,15 +79,16 @@ impl RingSource {
     /// again, with another thread, goes on where it was, and so must its reader.
     ///
     /// # Errors
-    /// [`Error::MapRing`] when `fd` is not that of the vCPU known by this id; else that of `map`, which is asked for a ring that is not known yet.
+    /// [`Error::MapRing`] when another vCPU is known by this id; else that of `map`, which is asked for a ring that is not
+    /// known yet.
     pub fn add(
         &mut self,
         vcpu: u64,
-        fd: RawFd,
+        identity: VcpuIdentity,
         map: impl FnOnce() -> Result<DirtyRing>,
     ) -> Result<Arc<RingHandle>> {
         if let Some(known) = self.rings.iter().find(|r| r.vcpu == vcpu) {
-            if known.fd != fd {
+            if known.identity != identity {
                 // Another vCPU under this id: its own ring would be in no harvest.
                 return Err(Error::MapRing {
                     vcpu,
@@ -101,7 +100,7 @@ impl RingSource {
         let handle = Arc::new(RingHandle::default());
         self.rings.push(Ring {
             vcpu,
-            fd,
+            identity,
             ring: map()?,
             handle: Arc::clone(&handle),
             full_but_empty: 0,
@@ -127,16 +126,14 @@ impl RingSource {
         self.stale += std::mem::take(&mut self.unreset);
     }
 
-    /// One RESET; returns how many entries it did.
-    ///
-    /// A stop that comes right after the last entry leaves up to 64 pages unarmed and the count complete. Its one trace is
-    /// that the thread was away when the call came back; being away for another reason costs a healing. Without a trace are a
-    /// stop that is called off before it takes effect, and task work (io_uring) of the calling thread: harvest and commit
-    /// from threads that do no such work.
+    /// One RESET; returns how many entries it did. One that was disturbed counts as cut short; if it was not, that costs a
+    /// healing.
     fn reset(&mut self) -> Result<u64> {
-        let before = voluntary_switches();
-        let done = with_signals_blocked(|| self.kvm.reset_dirty_rings())??;
-        self.short |= done > 0 && voluntary_switches() != before;
+        let Reset {
+            entries: done,
+            disturbed,
+        } = with_signals_blocked(|| self.kvm.reset_dirty_rings())??;
+        self.short |= done > 0 && disturbed;
         let stale = done.min(self.stale);
         self.stale -= stale;
         self.unreset = self.unreset.saturating_sub(done - stale);

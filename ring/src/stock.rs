@@ -15,7 +15,8 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::capabilities::{enable_manual_protect, manual_flags};
-use crate::{Error, Kvm, Region, Result};
+use crate::signals::voluntary_switches;
+use crate::{Capabilities, Error, Kvm, Mode, Region, Reset, Result};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
@@ -77,6 +78,14 @@ fn checked(code: libc::c_int) -> io::Result<u64> {
 }
 
 impl Kvm for StockKvm {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::query(&self.vm)
+    }
+
+    fn enable(&self, mode: Mode) -> Result<()> {
+        self.capabilities().enable(&self.vm, mode)
+    }
+
     fn set_region(&self, what: &'static str, region: &Region) -> Result<()> {
         let mut regions = self.regions();
         self.set(what, region.key, Some(region))?;
@@ -145,10 +154,18 @@ impl Kvm for StockKvm {
         }
     }
 
-    fn reset_dirty_rings(&self) -> Result<u64> {
+    /// A stop that comes right after the last entry leaves up to 64 pages unarmed and the count complete. Its one trace is
+    /// that the thread was away when the call came back. Without a trace are a stop that is called off before it takes
+    /// effect, and task work (io_uring) of the calling thread: harvest and commit from threads that do no such work.
+    fn reset_dirty_rings(&self) -> Result<Reset> {
+        let before = voluntary_switches();
         // SAFETY: the call takes no argument and touches no memory of this process but the rings, which are the kernel's.
         let code = unsafe { ioctl(&*self.vm, KVM_RESET_DIRTY_RINGS()) };
-        checked(code).map_err(|source| Error::ResetRings { source })
+        let entries = checked(code).map_err(|source| Error::ResetRings { source })?;
+        Ok(Reset {
+            entries,
+            disturbed: voluntary_switches() != before,
+        })
     }
 
     fn set_manual_protect(&self, on: bool, initially_set: bool) -> Result<()> {

@@ -22,15 +22,15 @@
 //! all threads parked in [`Drained::serve`], with pending I/O completed.
 
 mod parked;
-mod run_page;
 mod seat;
+mod signal;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use gleaner_ring::Kick;
 pub use parked::{Drained, Parked, StoppedVcpus};
-use run_page::RunPage;
 pub use seat::{RingFull, Seat, Turn};
 
 use crate::{Error, Result};
@@ -54,8 +54,7 @@ const IN: u32 = 1;
 struct SeatState {
     state: AtomicU32,
     vcpu: u64,
-    thread: run_page::Thread,
-    run: RunPage,
+    kick: Box<dyn Kick>,
 }
 
 /// State under the gate's lock; changed only by who closes, stops or parks.
@@ -69,6 +68,14 @@ struct Inner {
     /// Whose state is wanted, and what they answered.
     saving: Vec<u64>,
     saved: Vec<(u64, std::result::Result<Vec<u8>, String>)>,
+}
+
+impl Inner {
+    /// Seats whose vCPUs are run by threads, which park and answer.
+    fn threads(&self) -> impl Iterator<Item = &SeatState> {
+        let seats = self.seats.iter().map(|s| &**s);
+        seats.filter(|s| !s.kick.is_threadless())
+    }
 }
 
 /// The gate of one VM.
@@ -89,7 +96,7 @@ pub struct Closed<'a> {
 impl Gate {
     /// A gate that kicks with `signal`, whose handler it installs.
     pub(crate) fn new(signal: i32) -> Result<Self> {
-        run_page::install_handler(signal)?;
+        signal::install_handler(signal)?;
         Ok(Self {
             signal,
             ..Self::default()
@@ -109,9 +116,12 @@ impl Gate {
     /// Makes every vCPU that is inside leave `KVM_RUN`.
     fn kick_all(&self, inner: &Inner) {
         for seat in &inner.seats {
-            seat.run.set_immediate_exit(true);
+            seat.kick.set_immediate_exit(true);
             if seat.state.load(Ordering::SeqCst) == IN {
-                seat.thread.kick(self.signal);
+                seat.kick.interrupt();
+                if seat.kick.is_threadless() {
+                    seat.state.store(OUT, Ordering::SeqCst);
+                }
             }
         }
     }
@@ -171,7 +181,7 @@ impl Gate {
         }
         // Still closed, so all are out: no KVM_RUN is interrupted for a transaction that is over.
         for seat in &inner.seats {
-            seat.run.set_immediate_exit(false);
+            seat.kick.set_immediate_exit(false);
         }
         self.word.fetch_and(!CLOSED, Ordering::SeqCst);
         let opened = Instant::now();
@@ -203,8 +213,10 @@ impl Gate {
         self.kick_all(&inner);
         self.changed.notify_all();
         let running = |inner: &Inner| {
-            let seat = inner.seats.iter().find(|s| !inner.parked.contains(&s.vcpu));
-            seat.map(|s| s.vcpu)
+            let mut seats = inner.threads();
+            seats
+                .find(|s| !inner.parked.contains(&s.vcpu))
+                .map(|s| s.vcpu)
         };
         drop(self.wait_until(inner, running)?);
         Ok(stopped)

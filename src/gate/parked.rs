@@ -4,18 +4,19 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use gleaner_ring::Vcpu;
+use kvm_ioctls::VcpuFd;
 
 use super::{Gate, SHUTDOWN, STOP, Seat};
 use crate::{Error, Result};
 
 /// A vCPU thread that was asked to stop.
-pub struct Parked<'a> {
+pub struct Parked<'a, V: Vcpu = VcpuFd> {
     seat: &'a Seat,
-    vcpu: &'a mut VcpuFd,
+    vcpu: &'a mut V,
 }
 
-impl fmt::Debug for Parked<'_> {
+impl<V: Vcpu> fmt::Debug for Parked<'_, V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Parked").field(self.seat).finish()
     }
@@ -23,16 +24,16 @@ impl fmt::Debug for Parked<'_> {
 
 /// A vCPU thread whose last exit is complete: its state can be saved.
 #[must_use = "the thread has to serve, or whoever stops the guest waits in vain"]
-pub struct Drained<'a>(Parked<'a>);
+pub struct Drained<'a, V: Vcpu = VcpuFd>(Parked<'a, V>);
 
-impl fmt::Debug for Drained<'_> {
+impl<V: Vcpu> fmt::Debug for Drained<'_, V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Drained").field(self.0.seat).finish()
     }
 }
 
-impl<'a> Parked<'a> {
-    pub(super) fn new(seat: &'a Seat, vcpu: &'a mut VcpuFd) -> Self {
+impl<'a, V: Vcpu> Parked<'a, V> {
+    pub(super) fn new(seat: &'a Seat, vcpu: &'a mut V) -> Self {
         Self { seat, vcpu }
     }
 
@@ -43,8 +44,8 @@ impl<'a> Parked<'a> {
     /// [`Error::VcpuRun`], and what `handle` returns.
     pub fn complete_io<E: From<Error>>(
         self,
-        mut handle: impl FnMut(VcpuExit<'_>) -> std::result::Result<(), E>,
-    ) -> std::result::Result<Drained<'a>, E> {
+        mut handle: impl FnMut(V::Exit<'_>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Drained<'a, V>, E> {
         while let Some(exit) = self.seat.complete_io(self.vcpu)? {
             handle(exit)?;
         }
@@ -52,9 +53,9 @@ impl<'a> Parked<'a> {
     }
 }
 
-impl Drained<'_> {
+impl<V: Vcpu> Drained<'_, V> {
     /// Parks the thread until the guest goes on (here or nowhere), saving the vCPU's state with `save` when it is asked for.
-    pub fn serve(self, mut save: impl FnMut(&mut VcpuFd) -> std::result::Result<Vec<u8>, String>) {
+    pub fn serve(self, mut save: impl FnMut(&mut V) -> std::result::Result<Vec<u8>, String>) {
         let Parked { seat, vcpu } = self.0;
         let (gate, state) = seat.shared();
         let id = state.vcpu;
@@ -96,7 +97,7 @@ impl StoppedVcpus {
     pub fn save(&self) -> Result<Vec<(u64, Vec<u8>)>> {
         let mut inner = self.gate.lock();
         inner.saved.clear();
-        let all: Vec<u64> = inner.seats.iter().map(|s| s.vcpu).collect();
+        let all: Vec<u64> = inner.threads().map(|s| s.vcpu).collect();
         inner.saving.clone_from(&all);
         self.gate.changed.notify_all();
         let mut inner = self.gate.wait_until(inner, |inner| {

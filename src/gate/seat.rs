@@ -2,16 +2,14 @@
 #![allow(unsafe_code)] // one reborrow that the borrow checker can't follow
 
 use std::fmt;
-use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use gleaner_ring::RING_FULL_EXIT;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use gleaner_ring::{Entered, Vcpu, VcpuIdentity};
+use kvm_ioctls::VcpuFd;
 
-use super::{CLOSED, Gate, IN, OUT, Parked, RunPage, SHUTDOWN, STOP, SeatState, run_page::Thread};
+use super::{CLOSED, Gate, IN, OUT, Parked, SHUTDOWN, STOP, SeatState};
 use crate::{Error, Result};
 
 /// Whom a vCPU with a full ring asks to empty it. The vCPU waits outside `KVM_RUN`, so transactions go on meanwhile.
@@ -24,14 +22,23 @@ pub trait RingFull: Send {
 }
 
 /// What [`Seat::run`] came back with.
-#[derive(Debug)]
-pub enum Turn<'a> {
+pub enum Turn<'a, V: Vcpu + 'a = VcpuFd> {
     /// An exit that the VMM handles.
-    Exit(VcpuExit<'a>),
+    Exit(V::Exit<'a>),
     /// The guest is being stopped: complete pending I/O, then [`Drained::serve`](super::Drained::serve).
-    Stopped(Parked<'a>),
+    Stopped(Parked<'a, V>),
     /// The thread is to end.
     Shutdown,
+}
+
+impl<V: Vcpu> fmt::Debug for Turn<'_, V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exit(exit) => f.debug_tuple("Exit").field(exit).finish(),
+            Self::Stopped(parked) => f.debug_tuple("Stopped").field(parked).finish(),
+            Self::Shutdown => f.write_str("Shutdown"),
+        }
+    }
 }
 
 /// What a vCPU thread holds to run its vCPU. It stays on the thread that registered it.
@@ -39,8 +46,8 @@ pub struct Seat {
     gate: Arc<Gate>,
     state: Arc<SeatState>,
     ring: Option<Box<dyn RingFull>>,
-    /// Descriptor of the vCPU it was registered for.
-    fd: RawFd,
+    /// The vCPU it was registered for.
+    vcpu: VcpuIdentity,
     _thread: PhantomData<*const ()>,
 }
 
@@ -54,15 +61,16 @@ impl Seat {
     /// A seat for the calling thread. `ring` is called when the vCPU's dirty ring is full.
     pub(crate) fn new(
         gate: &Arc<Gate>,
-        vcpu: &VcpuFd,
+        vcpu: &impl Vcpu,
         id: u64,
         ring: Option<Box<dyn RingFull>>,
     ) -> Result<Self> {
         let state = Arc::new(SeatState {
             state: AtomicU32::new(OUT),
             vcpu: id,
-            thread: Thread::current(gate.signal),
-            run: RunPage::map(vcpu).map_err(|source| Error::RunPage { vcpu: id, source })?,
+            kick: vcpu
+                .kicker(gate.signal)
+                .map_err(|source| Error::RunPage { vcpu: id, source })?,
         });
         let mut inner = gate.lock();
         if inner.seats.iter().any(|s| s.vcpu == id) {
@@ -74,7 +82,7 @@ impl Seat {
             gate: Arc::clone(gate),
             state,
             ring,
-            fd: vcpu.as_raw_fd(),
+            vcpu: vcpu.identity(),
             _thread: PhantomData,
         })
     }
@@ -93,6 +101,20 @@ impl Seat {
             self.leave();
         }
         entered
+    }
+
+    /// Enters `KVM_RUN` for a vCPU that no thread runs, unless the gate is closed or the guest stopped. It is inside until it is
+    /// kicked, or leaves by [`Seat::step_out`].
+    #[cfg(feature = "mutants")]
+    #[must_use]
+    pub fn step_in(&self) -> bool {
+        self.enter(CLOSED | STOP | SHUTDOWN).is_ok()
+    }
+
+    /// Leaves `KVM_RUN` for a vCPU that no thread runs.
+    #[cfg(feature = "mutants")]
+    pub fn step_out(&self) {
+        self.leave();
     }
 
     /// Enters, unless the gate's word has one of `blockers`; those are returned then.
@@ -135,8 +157,8 @@ impl Seat {
     /// # Errors
     /// [`Error::OtherVcpu`] for a vCPU that the seat was not registered for: a kick would not reach it, nor the harvest its
     /// ring. [`Error::VcpuRun`] when `KVM_RUN` fails for another reason; [`Error::Reaper`] when a full ring can't be emptied.
-    pub fn run<'a>(&'a mut self, vcpu: &'a mut VcpuFd) -> Result<Turn<'a>> {
-        if vcpu.as_raw_fd() != self.fd {
+    pub fn run<'a, V: Vcpu>(&'a mut self, vcpu: &'a mut V) -> Result<Turn<'a, V>> {
+        if vcpu.identity() != self.vcpu {
             return Err(Error::OtherVcpu {
                 vcpu: self.state.vcpu,
             });
@@ -154,48 +176,44 @@ impl Seat {
             }
             // SAFETY: the exit is returned, or dropped before `vcpu` is used again; the borrow checker can't see that a
             // borrow which is returned on one path is over on the others.
-            let exit = unsafe { &mut *std::ptr::from_mut(vcpu) }.run();
+            let entered = unsafe { &mut *std::ptr::from_mut(vcpu) }.enter();
             self.leave();
-            match exit {
-                Ok(VcpuExit::Unsupported(RING_FULL_EXIT)) => {
+            match entered {
+                Entered::Exit(exit) => return Ok(Turn::Exit(exit)),
+                Entered::RingFull => {
                     if let Some(ring) = &self.ring {
                         ring.empty()?;
                     }
                 }
-                Ok(VcpuExit::Intr) => self.state.run.set_immediate_exit(false),
-                Ok(exit) => return Ok(Turn::Exit(exit)),
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    self.state.run.set_immediate_exit(false);
-                }
-                Err(error) => {
-                    return Err(Error::VcpuRun {
-                        vcpu: self.state.vcpu,
-                        source: io::Error::from_raw_os_error(error.errno()),
-                    });
-                }
+                Entered::Interrupted => self.state.kick.set_immediate_exit(false),
+                Entered::Failed(source) => return Err(self.failed(source)),
             }
         }
     }
 
     /// Lets KVM complete the I/O of the last exit, without running guest code. The exit that this may lead to is returned.
-    pub(super) fn complete_io<'a>(&self, vcpu: &'a mut VcpuFd) -> Result<Option<VcpuExit<'a>>> {
+    pub(super) fn complete_io<'a, V: Vcpu>(&self, vcpu: &'a mut V) -> Result<Option<V::Exit<'a>>> {
         while self.enter(CLOSED).is_err() {
             if self.wait_open() & SHUTDOWN != 0 {
                 return Ok(None);
             }
         }
-        self.state.run.set_immediate_exit(true);
-        let result = vcpu.run();
+        self.state.kick.set_immediate_exit(true);
+        let entered = vcpu.enter();
         self.leave();
-        self.state.run.set_immediate_exit(false);
-        match result {
-            Ok(VcpuExit::Intr) => Ok(None),
-            Ok(exit) => Ok(Some(exit)),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
-            Err(error) => Err(Error::VcpuRun {
-                vcpu: self.state.vcpu,
-                source: io::Error::from_raw_os_error(error.errno()),
-            }),
+        self.state.kick.set_immediate_exit(false);
+        match entered {
+            Entered::Exit(exit) => Ok(Some(exit)),
+            // KVM looks at the ring after it has completed the I/O.
+            Entered::Interrupted | Entered::RingFull => Ok(None),
+            Entered::Failed(source) => Err(self.failed(source)),
+        }
+    }
+
+    fn failed(&self, source: std::io::Error) -> Error {
+        Error::VcpuRun {
+            vcpu: self.state.vcpu,
+            source,
         }
     }
 

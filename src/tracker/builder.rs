@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use gleaner_bitmap::{DirtyStore, Harvester, Layout};
-use gleaner_ring::{BitmapSource, Capabilities, Kvm, Mode, RingSource, StockKvm, Tracking};
+use gleaner_ring::{BitmapSource, Kvm, Mode, RingSource, StockKvm, Tracking};
 use kvm_ioctls::VmFd;
 
 use super::{KvmLog, Reaper, Shared, State, Tracker, reaper};
@@ -13,28 +13,20 @@ use crate::gate::Gate;
 use crate::{Result, writers::Writers};
 
 /// What a tracker is built from. Build it before the first vCPU: rings can't be enabled later.
-#[derive(Debug)]
 pub struct TrackerBuilder {
-    vm: Arc<VmFd>,
+    kvm: Arc<dyn Kvm>,
     tracking: Tracking,
     kick_signal: i32,
     pool: Option<Arc<rayon::ThreadPool>>,
-    #[cfg(feature = "mutants")]
-    between: Between,
+    reaper: bool,
 }
 
-/// Who stands between the tracker and KVM.
-#[cfg(feature = "mutants")]
-#[derive(Default)]
-struct Between(Option<Insert>);
-
-#[cfg(feature = "mutants")]
-type Insert = Box<dyn FnOnce(Arc<dyn Kvm>) -> Arc<dyn Kvm> + Send>;
-
-#[cfg(feature = "mutants")]
-impl std::fmt::Debug for Between {
+impl std::fmt::Debug for TrackerBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Between").field(&self.0.is_some()).finish()
+        f.debug_struct("TrackerBuilder")
+            .field("tracking", &self.tracking)
+            .field("kick_signal", &self.kick_signal)
+            .finish_non_exhaustive()
     }
 }
 
@@ -42,13 +34,18 @@ impl Tracker {
     /// A tracker for `vm`, whose slots are made through it alone.
     #[must_use]
     pub fn builder(vm: Arc<VmFd>) -> TrackerBuilder {
+        Self::on(Arc::new(StockKvm::new(vm)))
+    }
+
+    /// A tracker on whatever makes the memory calls: KVM, or the model.
+    #[must_use]
+    pub fn on(kvm: Arc<dyn Kvm>) -> TrackerBuilder {
         TrackerBuilder {
-            vm,
+            kvm,
             tracking: Tracking::Auto,
             kick_signal: libc::SIGRTMIN(),
             pool: None,
-            #[cfg(feature = "mutants")]
-            between: Between::default(),
+            reaper: true,
         }
     }
 }
@@ -79,11 +76,17 @@ impl TrackerBuilder {
     /// Lets `between` stand between the tracker and KVM, for the project's own tests: calls that fail, or lie.
     #[cfg(feature = "mutants")]
     #[must_use]
-    pub fn between(
-        mut self,
-        between: impl FnOnce(Arc<dyn Kvm>) -> Arc<dyn Kvm> + Send + 'static,
-    ) -> Self {
-        self.between = Between(Some(Box::new(between)));
+    pub fn between(mut self, between: impl FnOnce(Arc<dyn Kvm>) -> Arc<dyn Kvm>) -> Self {
+        self.kvm = between(self.kvm);
+        self
+    }
+
+    /// No thread empties the rings: whoever runs the vCPUs harvests when one is full. For simulations, which do one thing
+    /// after the other.
+    #[cfg(feature = "mutants")]
+    #[must_use]
+    pub const fn without_reaper(mut self) -> Self {
+        self.reaper = false;
         self
     }
 
@@ -93,24 +96,10 @@ impl TrackerBuilder {
     /// [`crate::Error::Kvm`] when the kernel does not offer the mode or a vCPU exists already; [`crate::Error::KickSignal`];
     /// [`crate::Error::Thread`].
     pub fn build(self) -> Result<Tracker> {
-        let capabilities = Capabilities::query(&self.vm);
-        let mode = capabilities.enable(&self.vm, self.tracking)?;
-        let kvm: Arc<dyn Kvm> = Arc::new(StockKvm::new(self.vm));
-        #[cfg(feature = "mutants")]
-        let kvm = match self.between.0 {
-            Some(between) => between(kvm),
-            None => kvm,
-        };
-        Self::assemble(kvm, mode, capabilities, self.kick_signal, self.pool)
-    }
-
-    fn assemble(
-        kvm: Arc<dyn Kvm>,
-        mode: Mode,
-        capabilities: Capabilities,
-        kick_signal: i32,
-        pool: Option<Arc<rayon::ThreadPool>>,
-    ) -> Result<Tracker> {
+        let kvm = self.kvm;
+        let capabilities = kvm.capabilities();
+        let mode = capabilities.settle(self.tracking)?;
+        kvm.enable(mode)?;
         let log = match mode {
             Mode::Bitmap => KvmLog::Bitmap(BitmapSource::new(Arc::clone(&kvm), false)),
             Mode::BitmapClear => KvmLog::Bitmap(BitmapSource::new(Arc::clone(&kvm), true)),
@@ -120,10 +109,10 @@ impl TrackerBuilder {
             kvm,
             mode,
             capabilities,
-            gate: Arc::new(Gate::new(kick_signal)?),
+            gate: Arc::new(Gate::new(self.kick_signal)?),
             writers: Writers::default(),
             store: Arc::new(DirtyStore::default()),
-            pool,
+            pool: self.pool,
             reaper: Arc::new(Reaper::default()),
             transactions: AtomicU64::new(0),
             planted: super::fault::Planted::default(),
@@ -140,7 +129,7 @@ impl TrackerBuilder {
                 broken: false,
             }),
         });
-        if let Mode::Ring { .. } = mode {
+        if self.reaper && matches!(mode, Mode::Ring { .. }) {
             reaper::start(&shared)?;
         }
         Ok(Tracker(shared))

@@ -14,7 +14,6 @@ mod report;
 mod transaction;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -22,8 +21,7 @@ use std::time::Duration;
 use gleaner_bitmap::{
     BlockId, DirtyStore, HarvestReport, Harvester, Layout, PageBitmap, PageRange, SlotKey, Start,
 };
-use gleaner_ring::{BitmapSource, Capabilities, DirtyRing, Kvm, Mode, RingSource};
-use kvm_ioctls::VcpuFd;
+use gleaner_ring::{BitmapSource, Capabilities, Kvm, Mode, RingSource, Vcpu};
 
 pub use builder::TrackerBuilder;
 pub use consumer::{Consumer, Leased};
@@ -150,15 +148,14 @@ impl Tracker {
     ///
     /// # Errors
     /// [`Error::SeatTaken`], [`Error::RunPage`], [`Error::Kvm`] when the ring can't be mapped.
-    pub fn register(&self, vcpu: &VcpuFd, id: u64) -> Result<Seat> {
+    pub fn register(&self, vcpu: &impl Vcpu, id: u64) -> Result<Seat> {
         let ring: Option<Box<dyn crate::gate::RingFull>> = match self.0.mode {
             Mode::Ring { bytes } => {
                 let mut state = self.0.lock();
                 let KvmLog::Ring(source) = &mut state.log else {
                     unreachable!("ring mode has a ring source: both are set once, by the builder");
                 };
-                let handle =
-                    source.add(id, vcpu.as_raw_fd(), || DirtyRing::map(vcpu, id, bytes))?;
+                let handle = source.add(id, vcpu.identity(), || vcpu.ring(id, bytes))?;
                 Some(Box::new(RingRequest::new(
                     Arc::clone(&self.0.reaper),
                     handle,

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use gleaner::{PageRange, SlotKey, TrackerBuilder};
-use gleaner_ring::{Error, Kvm, Region, Result};
+use gleaner_ring::{Capabilities, Error, Kvm, Mode, Region, Reset, Result};
 
 /// The calls of a VM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,6 +132,14 @@ fn eio() -> io::Error {
 }
 
 impl Kvm for Faulty {
+    fn capabilities(&self) -> Capabilities {
+        self.kvm.capabilities()
+    }
+
+    fn enable(&self, mode: Mode) -> Result<()> {
+        self.kvm.enable(mode)
+    }
+
     fn set_region(&self, what: &'static str, region: &Region) -> Result<()> {
         if self.faults.due(Call::Set) {
             return Err(Error::SetRegion {
@@ -176,20 +184,20 @@ impl Kvm for Faulty {
         self.kvm.clear_dirty_log(key, range, words)
     }
 
-    fn reset_dirty_rings(&self) -> Result<u64> {
+    fn reset_dirty_rings(&self) -> Result<Reset> {
         if self.faults.due(Call::Reset) {
             return Err(Error::ResetRings { source: eio() });
         }
         let mut state = self.faults.0.lock().unwrap();
         if state.withheld > 0 {
             state.withheld -= 1;
-            return Ok(0);
+            return Ok(Reset::default());
         }
-        let done = self.kvm.reset_dirty_rings()?;
-        if done > 0 && state.short > 0 {
+        let mut done = self.kvm.reset_dirty_rings()?;
+        if done.entries > 0 && state.short > 0 {
             state.short -= 1;
             state.cut += 1;
-            return Ok(done - 1);
+            done.entries -= 1;
         }
         Ok(done)
     }

@@ -6,9 +6,6 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
-use vmm_sys_util::signal::register_signal_handler;
-
-use crate::{Error, Result};
 
 /// The first page of a vCPU's `kvm_run`, mapped a second time: `kvm-ioctls` gives `immediate_exit` only to who holds the
 /// vCPU, and a kick comes from another thread.
@@ -58,14 +55,4 @@ impl Thread {
         // SAFETY: plain numbers; the kernel checks that the thread is one of this process.
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, signal) };
     }
-}
-
-extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
-/// Installs a handler that does nothing, so that the signal interrupts `KVM_RUN` instead of ending the process.
-pub fn install_handler(signal: i32) -> Result<()> {
-    register_signal_handler(signal, nothing).map_err(|error| Error::KickSignal {
-        signal,
-        source: io::Error::from_raw_os_error(error.errno()),
-    })
 }

@@ -1,0 +1,161 @@
+//! The slot table: two lists, of which one is active, and what each change of it costs.
+
+use std::collections::BTreeMap;
+
+use gleaner_bitmap::{PAGE_SIZE, SlotKey};
+
+use super::sparse::Sparse;
+use crate::{HostRange, Region};
+
+/// A slot, with the state of its pages.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) gpa: u64,
+    pub(super) host: HostRange,
+    pub(super) pages: u64,
+    pub(super) log: bool,
+    pub(super) readonly: bool,
+    /// The dirty bitmap, while it is logged and there are no rings.
+    pub(super) dirty: Option<Sparse>,
+    /// Pages that vCPUs have mapped.
+    pub(super) mapped: Sparse,
+    /// Those of them that can be written without anybody noticing: a write to such a page is not logged again.
+    pub(super) writable: Sparse,
+}
+
+impl Slot {
+    pub(super) fn new(region: &Region) -> Self {
+        let pages = region.pages();
+        Self {
+            gpa: region.gpa,
+            host: region.host.clone(),
+            pages,
+            log: region.log,
+            readonly: region.readonly,
+            dirty: None,
+            mapped: Sparse::new(pages),
+            writable: Sparse::new(pages),
+        }
+    }
+
+    /// Drops its mappings: the next access to each page is a fault.
+    pub(super) fn zap(&mut self) {
+        self.mapped.fill(false);
+        self.writable.fill(false);
+    }
+}
+
+/// A slot, as a list has it.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    key: SlotKey,
+    gpa: u64,
+    end: u64,
+    /// On its way out or elsewhere: accesses find no memory.
+    invalid: bool,
+}
+
+impl Entry {
+    fn of(region: &Region) -> Self {
+        Self {
+            key: region.key,
+            gpa: region.gpa,
+            end: region.gpa + region.host.bytes(),
+            invalid: false,
+        }
+    }
+}
+
+/// All slots. vCPUs look at the active list; a change is made in the inactive one, and then they are swapped. What passes
+/// through an invalid slot (delete, move) costs two swaps, anything else one.
+///
+/// Invariant: between two calls both lists are the same, but for the order in which they came to be.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    lists: [Vec<Entry>; 2],
+    active: usize,
+    all: BTreeMap<SlotKey, Slot>,
+    pub(super) swaps: u64,
+}
+
+impl Slots {
+    pub(super) fn get(&self, key: SlotKey) -> Option<&Slot> {
+        self.all.get(&key)
+    }
+
+    pub(super) fn get_mut(&mut self, key: SlotKey) -> Option<&mut Slot> {
+        self.all.get_mut(&key)
+    }
+
+    pub(super) fn zap_all(&mut self) {
+        self.all.values_mut().for_each(Slot::zap);
+    }
+
+    /// The slot and the page of it that an access in address space 0 finds.
+    pub(super) fn find(&self, gpa: u64) -> Option<(SlotKey, u64)> {
+        let list = &self.lists[self.active];
+        let after = list.partition_point(|e| e.key.address_space == 0 && e.gpa <= gpa);
+        let entry = list[..after].last()?;
+        (gpa < entry.end && !entry.invalid).then(|| (entry.key, (gpa - entry.gpa) / PAGE_SIZE))
+    }
+
+    /// Whether another slot of the same address space is in the way.
+    pub(super) fn is_taken(&self, region: &Region) -> bool {
+        let wanted = Entry::of(region);
+        self.lists[self.active].iter().any(|e| {
+            e.key != wanted.key
+                && e.key.address_space == wanted.key.address_space
+                && e.gpa < wanted.end
+                && wanted.gpa < e.end
+        })
+    }
+
+    /// Makes a change in the inactive list, and swaps.
+    fn change(&mut self, change: impl FnOnce(&mut Vec<Entry>)) {
+        let mut next = self.lists[self.active].clone();
+        change(&mut next);
+        next.sort_unstable_by_key(|e| (e.key.address_space, e.gpa));
+        self.active = 1 - self.active;
+        self.lists[self.active] = next;
+        self.swaps += 1;
+    }
+
+    pub(super) fn insert(&mut self, region: &Region, slot: Slot) {
+        self.all.insert(region.key, slot);
+        self.change(|list| list.push(Entry::of(region)));
+    }
+
+    /// The first half of a delete or a move.
+    pub(super) fn invalidate(&mut self, key: SlotKey) {
+        self.change(|list| {
+            for entry in list.iter_mut().filter(|e| e.key == key) {
+                entry.invalid = true;
+            }
+        });
+        if let Some(slot) = self.get_mut(key) {
+            slot.zap();
+        }
+    }
+
+    /// The second half of a delete.
+    pub(super) fn remove(&mut self, key: SlotKey) -> Option<Slot> {
+        self.change(|list| list.retain(|e| e.key != key));
+        self.all.remove(&key)
+    }
+
+    /// The second half of a move.
+    pub(super) fn place(&mut self, region: &Region) {
+        if let Some(slot) = self.get_mut(region.key) {
+            slot.gpa = region.gpa;
+        }
+        self.change(|list| {
+            list.retain(|e| e.key != region.key);
+            list.push(Entry::of(region));
+        });
+    }
+
+    /// A change of flags replaces the slot by a copy of itself.
+    pub(super) fn replace(&mut self) {
+        self.change(|_| ());
+    }
+}

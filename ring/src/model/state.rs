@@ -1,0 +1,428 @@
+//! The model itself: what memory calls and accesses of vCPUs do to slots, pages, logs and rings.
+
+use std::sync::Arc;
+
+use gleaner_bitmap::{PAGE_SIZE, PageRange, SlotKey};
+
+use super::memory;
+use super::rings::Ring;
+use super::schedule::Orders;
+use super::slots::{Slot, Slots};
+use super::sparse::Sparse;
+use super::{Bug, ModelConfig};
+use crate::dirty_ring::Entries;
+use crate::{Mode, Region};
+
+/// Entries of a page-modification log.
+const PML_ENTRIES: u32 = 512;
+/// Bits of a ring's last entries that stay free, so that what a vCPU dirties on its way out has room.
+const RING_RESERVE: u32 = 64;
+
+/// What an access of a vCPU came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// It was done; a load's value.
+    Done(u64),
+    /// No slot is there, or a read-only one is written: the VMM has to carry it out.
+    Missed,
+    /// The page is mapped now, but the dirty ring is full: the vCPU has to leave, and to try again.
+    RingFull,
+    /// It needs KVM's memory lock, which is held.
+    Stalled,
+}
+
+/// A virtual vCPU, as the model knows it.
+#[derive(Debug, Default)]
+struct Vcpu {
+    inside: bool,
+    /// Guest-physical addresses of pages whose dirtying is known to this buffer alone.
+    pml: Vec<u64>,
+    ring: Option<Ring>,
+}
+
+/// What can be counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Swaps of the slot lists.
+    pub swaps: u64,
+    /// Entries of rings that KVM skipped at a RESET, because their slot was gone or too short.
+    pub skipped: u64,
+    /// Dirtied pages that no log has: a full ring, a slot that went before its page-modification log was flushed.
+    pub unlogged: u64,
+    /// Entries that a RESET counted and did not arm.
+    pub unarmed: u64,
+}
+
+/// Slots, pages, vCPUs and logs of one virtual machine.
+#[derive(Debug)]
+pub struct State {
+    config: ModelConfig,
+    mode: Option<Mode>,
+    /// Manual protection, and whether new logs start with all bits set.
+    manual: bool,
+    initially_set: bool,
+    pub(super) slots: Slots,
+    vcpus: Vec<Vcpu>,
+    /// KVM's memory lock is held by a call: no fault can be served.
+    locked: bool,
+    counts: Counts,
+    /// What goes wrong.
+    pub orders: Orders,
+}
+
+impl State {
+    pub(super) fn new(config: ModelConfig) -> Self {
+        Self {
+            config,
+            mode: None,
+            manual: false,
+            initially_set: false,
+            slots: Slots::default(),
+            vcpus: Vec::new(),
+            locked: false,
+            counts: Counts::default(),
+            orders: Orders::default(),
+        }
+    }
+
+    pub(super) const fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(super) fn has_bug(&self, bug: Bug) -> bool {
+        self.config.bug == Some(bug)
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub const fn counts(&self) -> Counts {
+        Counts {
+            swaps: self.slots.swaps,
+            ..self.counts
+        }
+    }
+
+    // ---- vCPUs
+
+    /// Rings can't be enabled any more once there is one.
+    pub(super) const fn has_vcpus(&self) -> bool {
+        !self.vcpus.is_empty()
+    }
+
+    pub(super) fn add_vcpu(&mut self) -> std::io::Result<usize> {
+        let ring = match self.mode {
+            Some(Mode::Ring { bytes }) => {
+                let pml = if self.config.pml { PML_ENTRIES } else { 0 };
+                Some(Ring::new(bytes, RING_RESERVE + pml)?)
+            }
+            _ => None,
+        };
+        self.vcpus.push(Vcpu {
+            ring,
+            ..Vcpu::default()
+        });
+        Ok(self.vcpus.len() - 1)
+    }
+
+    pub(super) fn ring_entries(&self, vcpu: usize) -> Option<Arc<Entries>> {
+        Some(self.vcpus[vcpu].ring.as_ref()?.entries())
+    }
+
+    /// Whether a vCPU is in `KVM_RUN`.
+    #[must_use]
+    pub fn is_inside(&self, vcpu: usize) -> bool {
+        self.vcpus[vcpu].inside
+    }
+
+    /// A vCPU enters `KVM_RUN`. `false`: its ring is full, and it came out again at once.
+    pub fn enter(&mut self, vcpu: usize) -> bool {
+        let full = self.ring_full(vcpu);
+        self.vcpus[vcpu].inside = !full;
+        !full
+    }
+
+    /// A vCPU leaves `KVM_RUN`: its page-modification log is flushed.
+    pub fn leave(&mut self, vcpu: usize) {
+        if !self.has_bug(Bug::PmlLeftBehind) {
+            self.flush_pml(vcpu);
+        }
+        self.vcpus[vcpu].inside = false;
+    }
+
+    /// Whether a vCPU's ring has reached its soft limit.
+    #[must_use]
+    pub fn ring_full(&self, vcpu: usize) -> bool {
+        self.vcpus[vcpu].ring.as_ref().is_some_and(Ring::is_full)
+    }
+
+    fn flush_pml(&mut self, vcpu: usize) {
+        for gpa in std::mem::take(&mut self.vcpus[vcpu].pml) {
+            match self.slots.find(gpa) {
+                Some((key, page)) => self.mark(vcpu, key, page),
+                None => self.counts.unlogged += 1,
+            }
+        }
+    }
+
+    /// Enters a dirtied page into the log of its slot.
+    fn mark(&mut self, vcpu: usize, key: SlotKey, page: u64) {
+        let Some(slot) = self.slots.get_mut(key).filter(|s| s.log) else {
+            return;
+        };
+        if let Some(ring) = &mut self.vcpus[vcpu].ring {
+            if !ring.push(key, page) {
+                self.counts.unlogged += 1;
+            }
+        } else if let Some(dirty) = &mut slot.dirty {
+            dirty.set(page);
+        }
+    }
+
+    /// Makes a page accessible, as a page fault does. A fault that is to write enters the page into the log before the write.
+    /// So does one that only reads, where the guest's own entry says that the page is dirty: it is mapped for writing.
+    fn fault(&mut self, vcpu: usize, key: SlotKey, page: u64, write: bool) -> Access {
+        let pml = self.config.pml;
+        let Some(slot) = self.slots.get_mut(key) else {
+            return Access::Missed;
+        };
+        let mapped = slot.mapped.get(page);
+        if slot.writable.get(page) || (mapped && !write) {
+            return Access::Done(0);
+        }
+        // With a page-modification log the CPU itself sets the dirty bit of a page that is mapped.
+        let by_cpu = pml && mapped;
+        if self.locked && !by_cpu {
+            return Access::Stalled;
+        }
+        slot.mapped.set(page);
+        if slot.readonly {
+            return Access::Done(0);
+        }
+        slot.writable.set(page);
+        if by_cpu && slot.log {
+            let gpa = slot.gpa + page * PAGE_SIZE;
+            self.vcpus[vcpu].pml.push(gpa);
+            if self.vcpus[vcpu].pml.len() >= PML_ENTRIES as usize {
+                self.flush_pml(vcpu);
+            }
+        } else {
+            self.mark(vcpu, key, page);
+        }
+        if self.ring_full(vcpu) {
+            Access::RingFull
+        } else {
+            Access::Done(0)
+        }
+    }
+
+    /// A vCPU stores 8 aligned bytes.
+    pub fn write(&mut self, vcpu: usize, gpa: u64, value: u64) -> Access {
+        self.access(vcpu, gpa, Some(value))
+    }
+
+    /// A vCPU loads 8 aligned bytes.
+    pub fn read(&mut self, vcpu: usize, gpa: u64) -> Access {
+        self.access(vcpu, gpa, None)
+    }
+
+    /// A vCPU has the fault of a store, and does not come to store.
+    pub fn touch(&mut self, vcpu: usize, gpa: u64) -> Access {
+        match self.writable_slot(gpa) {
+            Some((key, page)) => self.fault(vcpu, key, page, true),
+            None => Access::Missed,
+        }
+    }
+
+    fn writable_slot(&self, gpa: u64) -> Option<(SlotKey, u64)> {
+        let (key, page) = self.slots.find(gpa)?;
+        let readonly = self.slots.get(key).is_none_or(|s| s.readonly);
+        (!readonly).then_some((key, page))
+    }
+
+    fn access(&mut self, vcpu: usize, gpa: u64, store: Option<u64>) -> Access {
+        let found = if store.is_some() {
+            self.writable_slot(gpa)
+        } else {
+            self.slots.find(gpa)
+        };
+        let Some((key, page)) = found else {
+            return Access::Missed;
+        };
+        match self.fault(vcpu, key, page, store.is_some()) {
+            Access::Done(_) => {}
+            other => return other,
+        }
+        let Some(slot) = self.slots.get(key) else {
+            return Access::Missed;
+        };
+        let at = page * PAGE_SIZE + gpa % PAGE_SIZE;
+        match store {
+            Some(value) => {
+                memory::store(&slot.host, at, value);
+                Access::Done(value)
+            }
+            None => Access::Done(memory::load(&slot.host, at)),
+        }
+    }
+
+    // ---- slots and logs; arguments have been checked
+
+    pub(super) fn lock(&mut self, on: bool) {
+        self.locked = on;
+    }
+
+    pub(super) fn set_mode(&mut self, mode: Mode) {
+        self.mode = Some(mode);
+        self.set_manual(mode == Mode::BitmapClear, false);
+    }
+
+    pub(super) const fn rings(&self) -> bool {
+        matches!(self.mode, Some(Mode::Ring { .. }))
+    }
+
+    pub(super) fn set_manual(&mut self, on: bool, initially_set: bool) {
+        (self.manual, self.initially_set) = (on, on && initially_set);
+    }
+
+    pub(super) const fn is_manual(&self) -> bool {
+        self.manual
+    }
+
+    /// The log of a slot begins or ends.
+    pub(super) fn start_log(&mut self, key: SlotKey, log: bool) {
+        let (rings, all) = (self.rings(), self.initially_set);
+        if let Some(slot) = self.slots.get_mut(key) {
+            slot.log = log;
+            slot.dirty = (log && !rings).then(|| Sparse::new(slot.pages));
+            if let Some(dirty) = slot.dirty.as_mut().filter(|_| all) {
+                dirty.fill(true);
+            }
+            // Where all bits are set, protecting is left to the clearing of them; also with rings, which have no bits.
+            if log && !all {
+                slot.writable.fill(false);
+            }
+        }
+    }
+
+    pub(super) fn create(&mut self, region: &Region) {
+        self.slots.insert(region, Slot::new(region));
+        self.start_log(region.key, region.log);
+    }
+
+    /// After a delete or a move: on default x86 VMs the mappings of all slots go.
+    pub(super) fn after_removal(&mut self) {
+        if self.config.zap_all {
+            self.slots.zap_all();
+        }
+    }
+
+    /// Word `index` of a slot's dirty bitmap, cleared and its pages protected.
+    pub(super) fn take_word(&mut self, key: SlotKey, index: u64, mask: u64) -> u64 {
+        let Some(slot) = self.slots.get_mut(key) else {
+            return 0;
+        };
+        let hit = slot.dirty.as_mut().map_or(0, |d| d.clear(index, mask));
+        slot.writable.clear(index, hit);
+        hit
+    }
+
+    /// Protects a page and its successors whose bits are set in `mask`, as KVM does when it resets gathered ring entries: not at
+    /// all if one of them is not there.
+    fn protect(&mut self, key: SlotKey, first: u64, mask: u64) {
+        let last = first + u64::from(63 - mask.leading_zeros());
+        let Some(slot) = self.slots.get_mut(key).filter(|s| last < s.pages) else {
+            self.counts.skipped += u64::from(mask.count_ones());
+            return;
+        };
+        for page in (0..64)
+            .filter(|bit| mask >> bit & 1 == 1)
+            .map(|bit| first + bit)
+        {
+            slot.writable.clear_page(page);
+        }
+    }
+
+    /// Resets the entries of all rings that user space has read.
+    pub(super) fn reset_rings(&mut self, mut between: impl FnMut(&mut Self)) -> crate::Reset {
+        let cut = self.orders.cut;
+        let mut reset = crate::Reset::default();
+        for vcpu in 0..self.vcpus.len() {
+            let mut gathered: Option<(SlotKey, u64, u64)> = None;
+            while let Some((key, page)) = self.take_reset(vcpu) {
+                reset.entries += 1;
+                gathered = match gathered {
+                    Some(batch) => match join(batch, key, page) {
+                        Some(joined) => Some(joined),
+                        None => {
+                            self.protect(batch.0, batch.1, batch.2);
+                            between(self);
+                            Some((key, page, 1))
+                        }
+                    },
+                    None => Some((key, page, 1)),
+                };
+                if cut.is_some_and(|cut| reset.entries > cut.after) {
+                    return self.stop_short(gathered, reset);
+                }
+            }
+            if gathered.is_some() && cut.is_some() && !self.more_to_reset(vcpu) {
+                return self.stop_short(gathered, reset);
+            }
+            if let Some((key, page, mask)) = gathered {
+                self.protect(key, page, mask);
+            }
+        }
+        reset
+    }
+
+    fn take_reset(&mut self, vcpu: usize) -> Option<(SlotKey, u64)> {
+        self.vcpus[vcpu].ring.as_mut()?.take_reset()
+    }
+
+    fn more_to_reset(&self, after: usize) -> bool {
+        let mut later = self.vcpus[after + 1..].iter();
+        later.any(|v| v.ring.as_ref().is_some_and(Ring::has_reset))
+    }
+
+    /// What was gathered is counted, and not armed.
+    fn stop_short(
+        &mut self,
+        gathered: Option<(SlotKey, u64, u64)>,
+        mut reset: crate::Reset,
+    ) -> crate::Reset {
+        let cut = self.orders.cut.take();
+        reset.disturbed = cut.is_some_and(|c| c.noticed);
+        let left = gathered.map_or(0, |(_, _, mask)| mask.count_ones());
+        self.counts.unarmed += u64::from(left);
+        reset
+    }
+
+    pub(super) fn pages_in(&self, key: SlotKey) -> u64 {
+        self.slots.get(key).map_or(0, |s| s.pages)
+    }
+
+    /// Whether `range` may be cleared.
+    pub(super) fn may_clear(&self, key: SlotKey, range: PageRange) -> bool {
+        let pages = self.pages_in(key);
+        range.first.is_multiple_of(64)
+            && range.end() <= pages
+            && (range.pages.is_multiple_of(64) || range.end() == pages)
+    }
+}
+
+/// A ring entry joins those before it where one word of pages covers them all.
+fn join(
+    (key, first, mask): (SlotKey, u64, u64),
+    next: SlotKey,
+    page: u64,
+) -> Option<(SlotKey, u64, u64)> {
+    if next != key {
+        return None;
+    }
+    if page >= first {
+        let ahead = page - first;
+        return (ahead < 64).then(|| (key, first, mask | 1 << ahead));
+    }
+    let back = first - page;
+    (back < 64 && mask << back >> back == mask).then(|| (key, page, mask << back | 1))
+}
