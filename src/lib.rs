@@ -63,8 +63,8 @@ pub use block::Block;
 pub use error::{Error, Result};
 pub use external::ExternalLog;
 pub use gleaner_bitmap::{
-    BlockId, BlockInfo, Collected, Extent, Generation, HarvestReport, Layout, PAGE_SIZE,
-    PageBitmap, PageRange, Slot, SlotKey, Start, WriteLog, WriteLogSlice,
+    BlockId, BlockInfo, Collected, Error as BitmapError, Extent, Generation, HarvestReport, Layout,
+    PAGE_SIZE, PageBitmap, PageRange, Slot, SlotKey, Start, WriteLog, WriteLogSlice,
 };
 pub use gleaner_migrate as migrate;
 pub use gleaner_ring::{Capabilities, Mode, Tracking, model};

@@ -155,6 +155,13 @@ impl State {
         self.vcpus[vcpu].ring.as_ref().is_some_and(Ring::is_full)
     }
 
+    /// Host addresses of pages whose dirtying is known to page-modification logs alone.
+    #[must_use]
+    pub fn pending(&self) -> Vec<u64> {
+        let all = self.vcpus.iter().flat_map(|v| &v.pml);
+        all.filter_map(|gpa| Some(self.peek(*gpa)?.0)).collect()
+    }
+
     fn flush_pml(&mut self, vcpu: usize) {
         for gpa in std::mem::take(&mut self.vcpus[vcpu].pml) {
             match self.slots.find(gpa) {
@@ -231,6 +238,15 @@ impl State {
             Some((key, page)) => self.fault(vcpu, key, page, true),
             None => Access::Missed,
         }
+    }
+
+    /// The host address that an access finds, and whether a store to it would go unnoticed; `None` where there is no memory.
+    #[must_use]
+    pub fn peek(&self, gpa: u64) -> Option<(u64, bool)> {
+        let (key, page) = self.slots.find(gpa)?;
+        let slot = self.slots.get(key)?;
+        let at = slot.host.addr() + page * PAGE_SIZE + gpa % PAGE_SIZE;
+        Some((at, slot.writable.get(page)))
     }
 
     fn writable_slot(&self, gpa: u64) -> Option<(SlotKey, u64)> {
