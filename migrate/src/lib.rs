@@ -39,6 +39,8 @@
 
 mod address;
 mod blocks;
+mod channel;
+mod clock;
 mod destination;
 mod error;
 mod holes;
@@ -50,6 +52,7 @@ mod patience;
 pub mod policy;
 mod raw;
 mod receiver;
+mod reception;
 mod report;
 mod rounds;
 mod scan;
@@ -60,6 +63,8 @@ mod switchover;
 pub mod wire;
 
 pub use address::Address;
+pub use channel::Channel;
+pub use clock::Clock;
 pub use destination::Destination;
 pub use error::{Error, Result};
 pub use holes::Holes;
@@ -69,6 +74,7 @@ pub use outcome::{MigrationId, Outcome, Outcomes, ask, query, resolve, serve_que
 pub use patience::CancelToken;
 pub use policy::OnTimeout;
 pub use receiver::{Receiver, ReceiverOptions};
+pub use reception::{Peer, Reception};
 pub use report::{Progress, Received, Report, Status};
 pub use sender::{Hold, OnProgress, Sender, SenderOptions};
 pub use source::{Harvested, LeaseId, LeasedPart, PageLease, Source};

@@ -1,32 +1,14 @@
-//! The destination's end of a migration.
-//!
-//! ```text
-//!            Hello           Layout, Pages, Zeros, Sync (a row of them)
-//! Greeting --------> Receiving --+
-//!    |                 |    ^    |
-//!    | Query           |    +----+
-//!    v                 | State: all memory is here, ready() builds the guest
-//!  Outcome, end        v
-//!                    Built --READY-->  ... GO --> run() --RUNNING--> completed
-//!                      |                            |
-//!     any error, Cancel, silence, end of stream     | error: no vCPU has run
-//!                      v                            v
-//!                   abort(), Refused{reason}, failed or cancelled
-//! ```
-//!
-//! The outcome is recorded before it is said: a source that has lost the connection reads it by a
-//! [`query`](crate::query).
+//! Receives a migration from a stream: what goes on at the destination is a [`Reception`].
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use gleaner_bitmap::PAGE_SIZE;
+use vm_memory::VolatileSlice;
 
-use crate::blocks::Blocks;
-use crate::patience::{LINGER, TICK};
+use crate::patience::{LINGER, TICK, silent_after};
 use crate::report::Received;
-use crate::wire::{Header, Inlet, Kind, Message, Outlet, Payload, VERSION};
+use crate::wire::{Inlet, Message, Outlet, Patience, Payload};
 use crate::{
-    CancelToken, Destination, Error, Listener, MigrationId, Outcome, Outcomes, Result, Stream,
+    CancelToken, Clock, Destination, Error, Listener, Outcomes, Peer, Reception, Result, Stream,
 };
 
 /// What a receiver shall be like.
@@ -36,6 +18,8 @@ pub struct ReceiverOptions {
     pub io_timeout: Duration,
     /// Calls it off.
     pub cancel: CancelToken,
+    /// Times it. The real clock.
+    pub clock: Clock,
     /// Where outcomes are remembered; share it with what answers later connections.
     pub outcomes: Outcomes,
 }
@@ -45,36 +29,8 @@ impl Default for ReceiverOptions {
         Self {
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
+            clock: Clock::real(),
             outcomes: Outcomes::default(),
-        }
-    }
-}
-
-/// What may come next.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
-    Greeting,
-    Receiving,
-    Built,
-}
-
-impl Phase {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Greeting => "awaiting a migration",
-            Self::Receiving => "receiving memory",
-            Self::Built => "awaiting GO",
-        }
-    }
-
-    const fn admits(self, kind: Kind) -> bool {
-        match self {
-            Self::Greeting => matches!(kind, Kind::Hello | Kind::Query),
-            Self::Receiving => matches!(
-                kind,
-                Kind::Layout | Kind::Pages | Kind::Zeros | Kind::Sync | Kind::State | Kind::Cancel
-            ),
-            Self::Built => matches!(kind, Kind::Go | Kind::Cancel),
         }
     }
 }
@@ -127,196 +83,77 @@ impl<'a> Receiver<'a> {
     /// Receives from `stream`, which is closed afterwards. Errors are in the report.
     #[must_use]
     pub fn run(self, stream: Stream) -> Received {
-        let start = Instant::now();
-        let mut report = Received::nothing();
-        let ended = Session::open(self.destination, self.options, stream, &mut report)
-            .and_then(Session::receive);
-        if let Err(error) = ended {
-            report.fail(error);
-        }
-        report.total_ms = crate::sender::millis(start.elapsed());
+        let mut peer = match StreamPeer::open(stream, &self.options) {
+            Ok(peer) => peer,
+            Err(error) => {
+                let mut report = Received::nothing();
+                report.fail(error);
+                return report;
+            }
+        };
+        let mut reception = Reception::new(self.destination, self.options.clone());
+        let ended = peer.frames(&mut reception);
+        let report = reception.end(ended, &mut peer);
+        peer.outlet.stream().linger(LINGER);
         report
     }
 }
 
-struct Session<'a> {
-    destination: &'a mut dyn Destination,
-    options: ReceiverOptions,
-    report: &'a mut Received,
+/// The source at the other end of a stream.
+struct StreamPeer<'o> {
     inlet: Inlet,
     outlet: Outlet,
-    phase: Phase,
-    blocks: Blocks,
-    /// Set once the id is this session's to decide on.
-    id: Option<MigrationId>,
+    options: &'o ReceiverOptions,
 }
 
-impl<'a> Session<'a> {
-    fn open(
-        destination: &'a mut dyn Destination,
-        options: ReceiverOptions,
-        stream: Stream,
-        report: &'a mut Received,
-    ) -> Result<Self> {
+impl<'o> StreamPeer<'o> {
+    fn open(stream: Stream, options: &'o ReceiverOptions) -> Result<Self> {
         stream.set_timeouts(Some(TICK), Some(TICK))?;
         Ok(Self {
-            destination,
-            options,
-            report,
             inlet: Inlet::new(stream.try_clone()?),
             outlet: Outlet::new(stream),
-            phase: Phase::Greeting,
-            blocks: Blocks::default(),
-            id: None,
+            options,
         })
     }
 
-    fn receive(mut self) -> Result<()> {
-        let ended = self.frames();
-        self.report.blocks = self.blocks.len();
-        match &ended {
-            Ok(()) | Err(Error::OnlyQuery) => {}
-            Err(error) => self.refuse(error),
-        }
-        self.outlet.stream().linger(LINGER);
-        ended
-    }
-
     /// Frames, until the guest runs.
-    fn frames(&mut self) -> Result<()> {
+    fn frames(&mut self, reception: &mut Reception<'_>) -> Result<()> {
         loop {
-            // Here too: a source that never pauses leaves no wait in which to look.
-            if self.options.cancel.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            let (header, message) = {
-                let patience = patience(&self.options, self.phase.name());
-                self.inlet.receive(self.phase.name(), &patience)?
-            };
-            if !self.phase.admits(header.kind) {
-                return Err(Error::OutOfState {
-                    kind: header.kind.name(),
-                    phase: self.phase.name(),
-                });
-            }
-            if self.frame(header, message)? {
+            let doing = reception.doing();
+            let (header, message) = self.inlet.receive(doing, &patience(self.options, doing))?;
+            if reception.frame(&header, message, self)? {
                 return Ok(());
             }
         }
     }
+}
 
-    /// Takes one frame; whether it was the last one.
-    fn frame(&mut self, header: Header, message: Message) -> Result<bool> {
-        match message {
-            Message::Hello(hello) => {
-                if hello.version != VERSION {
-                    return Err(Error::Version {
-                        found: hello.version,
-                    });
-                }
-                if hello.page_size != PAGE_SIZE {
-                    return Err(Error::PageSize {
-                        found: hello.page_size,
-                    });
-                }
-                self.report.migration_id = Some(hello.id);
-                self.report.source = hello.name;
-                self.options.outcomes.begin(hello.id)?;
-                self.id = Some(hello.id);
-                self.phase = Phase::Receiving;
-                self.answer(&Message::Welcome(VERSION))?;
-            }
-            Message::Query(id) => {
-                let outcome = self.options.outcomes.get(id);
-                self.answer(&Message::Outcome(outcome))?;
-                return Err(Error::OnlyQuery);
-            }
-            Message::Layout(layout) => {
-                self.blocks.change(layout, self.destination)?;
-                self.report.layouts += 1;
-            }
-            Message::Pages(extents) => {
-                let pages = self.blocks.check(&extents)?;
-                check_payload(header, pages.saturating_mul(PAGE_SIZE))?;
-                let patience = patience(&self.options, "receiving pages");
-                self.blocks
-                    .write(&extents, |pieces| self.inlet.pages(pieces, &patience))?;
-                self.report.pages += pages;
-            }
-            Message::Zeros(extents) => {
-                self.report.zero_pages += self.blocks.check(&extents)?;
-                self.blocks.zero(&extents)?;
-            }
-            Message::Sync => self.answer(&Message::Applied(header.sequence))?,
-            Message::State(described) => {
-                self.blocks
-                    .check_generation("the state of the guest", described.generation)?;
-                let state = {
-                    let patience = patience(&self.options, "receiving the state");
-                    self.inlet.bytes(header.payload, &patience)?
-                };
-                if crc32fast::hash(&state) != described.crc {
-                    return Err(Error::Checksum { what: "state" });
-                }
-                self.destination.ready(state)?;
-                self.phase = Phase::Built;
-                self.report.may_be_asked = !self.outlet.stream().is_file();
-                self.answer(&Message::Ready)?;
-            }
-            Message::Go => {
-                self.destination.run()?;
-                // From here on nothing is an error: the guest runs, and whoever asks is told so.
-                self.decided(Outcome::Running);
-                match self.answer(&Message::Running) {
-                    Ok(()) => self.report.may_be_asked = false,
-                    Err(error) => {
-                        tracing::warn!(%error, "the source could not be told that the guest runs");
-                    }
-                }
-                return Ok(true);
-            }
-            Message::Cancel(reason) => {
-                // It has not let go of its guest.
-                self.report.may_be_asked = false;
-                return Err(Error::CalledOff { reason });
-            }
-            // The phase admits no other kind.
-            other => return Err(crate::sender::unexpected(&other, self.phase.name())),
-        }
-        Ok(false)
+impl Peer for StreamPeer<'_> {
+    fn pages(&mut self, pieces: &[VolatileSlice<'_>]) -> Result<()> {
+        self.inlet
+            .pages(pieces, &patience(self.options, "receiving pages"))
     }
 
-    /// Says something to the source; to a file there is nobody to say it to.
+    fn bytes(&mut self, length: u32) -> Result<Vec<u8>> {
+        self.inlet
+            .bytes(length, &patience(self.options, "receiving the state"))
+    }
+
     fn answer(&mut self, message: &Message) -> Result<()> {
-        if self.outlet.stream().is_file() {
-            return Ok(());
-        }
-        let patience = patience(&self.options, "answering the source");
-        self.outlet.send(message, &Payload::None, &patience)?;
+        let refusing = silent_after("refusing", LINGER);
+        let answering = patience(self.options, "answering the source");
+        let patience: Patience<'_> = match message {
+            // The last word is said even by an end that was called off.
+            Message::Refused(_) => &refusing,
+            _ => &answering,
+        };
+        self.outlet.send(message, &Payload::None, patience)?;
         Ok(())
     }
 
-    fn decided(&self, outcome: Outcome) {
-        if let Some(id) = self.id {
-            self.options.outcomes.set(id, outcome);
-        }
-    }
-
-    /// Ends a migration whose guest doesn't run here.
-    fn refuse(&mut self, error: &Error) {
-        self.destination.abort();
-        self.decided(Outcome::Refused);
-        tracing::info!(%error, "migration refused");
-        let gone = matches!(error, Error::Closed { .. } | Error::CalledOff { .. });
-        if !gone && self.outlet.whole && !self.outlet.stream().is_file() {
-            let patience = crate::patience::silent_after("refusing", LINGER);
-            // Best effort: it may have gone, and asks again if it needs to know.
-            let _ = self.outlet.send(
-                &Message::Refused(error.to_string()),
-                &Payload::None,
-                &patience,
-            );
-        }
+    fn listens(&self) -> bool {
+        // Behind half a frame nothing can be said.
+        self.outlet.whole && !self.outlet.stream().is_file()
     }
 }
 
@@ -332,18 +169,5 @@ fn patience<'o>(
             return Err(Error::Silent { during, after });
         }
         Ok(())
-    }
-}
-
-fn check_payload(header: Header, described: u64) -> Result<()> {
-    let carried = u64::from(header.payload);
-    if described == carried {
-        Ok(())
-    } else {
-        Err(Error::PayloadLength {
-            kind: header.kind.name(),
-            described,
-            carried,
-        })
     }
 }

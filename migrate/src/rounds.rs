@@ -41,11 +41,11 @@ impl Session<'_> {
                 let sent = self.round_since(&mark);
                 self.history.push(sent);
             }
-            let since = std::mem::replace(&mut harvested_at, Instant::now());
+            let since = std::mem::replace(&mut harvested_at, self.clock().now());
             harvested = self.harvest()?;
             self.history.remaining_pages = harvested.dirty_pages;
             self.history.dirty_pages_per_second =
-                harvested.dirty_pages as f64 / since.elapsed().as_secs_f64().max(1e-6);
+                harvested.dirty_pages as f64 / self.clock().since(since).as_secs_f64().max(1e-6);
             let decision = self.decide();
             if round > 0 {
                 let progress = self.progress(round, &mark, &decision);
@@ -64,9 +64,9 @@ impl Session<'_> {
 
     /// Harvests, and sends the layout if there is a new one.
     pub(crate) fn harvest(&mut self) -> Result<Harvested> {
-        let start = Instant::now();
+        let start = self.clock().now();
         let harvested = self.source.harvest()?;
-        self.history.harvest_seconds = start.elapsed().as_secs_f64();
+        self.history.harvest_seconds = self.clock().since(start).as_secs_f64();
         self.send_layout(harvested.generation)?;
         Ok(harvested)
     }
@@ -101,7 +101,7 @@ impl Session<'_> {
         self.in_flight.push_back(InFlight {
             lease: lease.id,
             sync: None,
-            since: Instant::now(),
+            since: self.clock().now(),
         });
         self.send_layout(lease.generation)?;
         let Some(known) = self.sent_layout.clone() else {
@@ -151,9 +151,10 @@ impl Session<'_> {
         }
         batch.flush(self)?;
         let sync = self.link.send(&Message::Sync, &Payload::None)?;
+        let now = self.clock().now();
         if let Some(last) = self.in_flight.back_mut() {
             last.sync = Some(sync);
-            last.since = Instant::now();
+            last.since = now;
         }
         self.acknowledge(MAX_IN_FLIGHT - 1)
     }
@@ -166,7 +167,7 @@ impl Session<'_> {
             };
             self.await_applied(sync)?;
             if let Some(first) = self.in_flight.front() {
-                self.history.round_trip_seconds = first.since.elapsed().as_secs_f64();
+                self.history.round_trip_seconds = self.clock().since(first.since).as_secs_f64();
                 // Taken out only when acknowledged: what fails here must be released.
                 self.source.ack(first.lease)?;
                 self.in_flight.pop_front();
@@ -176,7 +177,7 @@ impl Session<'_> {
     }
 
     fn await_applied(&mut self, sync: u64) -> Result<()> {
-        if self.link.is_file() {
+        if !self.link.is_answered() {
             return Ok(());
         }
         match self.link.answer("awaiting that pages are applied")? {
@@ -211,7 +212,7 @@ impl Session<'_> {
 
     pub(crate) fn mark(&self) -> Mark {
         Mark {
-            at: Instant::now(),
+            at: self.clock().now(),
             pages: self.report.pages_sent,
             zeros: self.report.zero_pages,
             bytes: self.link.bytes(),
@@ -222,7 +223,7 @@ impl Session<'_> {
         Round {
             pages: self.report.pages_sent - mark.pages,
             zero_pages: self.report.zero_pages - mark.zeros,
-            seconds: mark.at.elapsed().as_secs_f64(),
+            seconds: self.clock().since(mark.at).as_secs_f64(),
         }
     }
 

@@ -23,11 +23,13 @@ use std::time::{Duration, Instant};
 
 use gleaner_bitmap::{Layout, PAGE_SIZE};
 
+use crate::channel::StreamChannel;
 use crate::link::{Limits, Link};
 use crate::policy::{Goal, History, OnTimeout, Verdict};
 use crate::wire::{Hello, Message, Payload, VERSION};
 use crate::{
-    CancelToken, Error, LeaseId, MigrationId, Progress, Report, Result, Source, Status, Stream,
+    CancelToken, Channel, Clock, Error, LeaseId, MigrationId, Progress, Report, Result, Source,
+    Status, Stream,
 };
 
 /// Asked before each switchover: not before it returns true.
@@ -53,6 +55,8 @@ pub struct SenderOptions {
     pub io_timeout: Duration,
     /// Calls it off.
     pub cancel: CancelToken,
+    /// Times it. The real clock.
+    pub clock: Clock,
     /// Holds the switchover back.
     pub hold: Option<Hold>,
     /// Told of each round.
@@ -72,6 +76,7 @@ impl SenderOptions {
             bandwidth_limit: None,
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
+            clock: Clock::real(),
             hold: None,
             on_progress: None,
         }
@@ -94,10 +99,30 @@ impl<'a> Sender<'a> {
     /// Migrates over `stream`, which is closed afterwards. Errors are in the report: its status says where the guest is.
     #[must_use]
     pub fn run(self, stream: Stream) -> Report {
-        let start = Instant::now();
+        match StreamChannel::open(stream) {
+            Ok(mut channel) => self.run_over(&mut channel),
+            Err(error) => {
+                let mut report = Report::new(self.options.id);
+                report.status = Status::Failed;
+                if let Err(again) = self.source.resume() {
+                    report.status = Status::InDoubt;
+                    tracing::error!(%again, "the source can't resume");
+                }
+                report.reason = Some(error.to_string());
+                report.error = Some(error);
+                report
+            }
+        }
+    }
+
+    /// As [`Sender::run`], over anything that carries frames.
+    #[must_use]
+    pub fn run_over(self, channel: &mut dyn Channel) -> Report {
         let options = self.options;
+        let start = options.clock.now();
         let on_timeout = options.on_timeout;
         let limits = Limits {
+            clock: options.clock,
             cancel: options.cancel,
             // Where the timeout forces the switchover, it is the policy's business alone.
             deadline: options
@@ -107,24 +132,10 @@ impl<'a> Sender<'a> {
             silence: options.io_timeout,
             committed: false,
         };
-        let mut report = Report::new(options.id);
-        let link = match Link::open(stream, limits, options.bandwidth_limit) {
-            Ok(link) => link,
-            Err(error) => {
-                report.status = Status::Failed;
-                if let Err(again) = self.source.resume() {
-                    report.status = Status::InDoubt;
-                    tracing::error!(%again, "the source can't resume");
-                }
-                report.reason = Some(error.to_string());
-                report.error = Some(error);
-                return report;
-            }
-        };
         let mut session = Session {
             source: self.source,
-            link,
-            report,
+            link: Link::new(channel, limits, options.bandwidth_limit),
+            report: Report::new(options.id),
             start,
             goal: Goal {
                 downtime_limit: options.downtime_limit,
@@ -153,7 +164,7 @@ impl<'a> Sender<'a> {
 /// A migration under way.
 pub(crate) struct Session<'a> {
     pub(crate) source: &'a mut dyn Source,
-    pub(crate) link: Link,
+    pub(crate) link: Link<'a>,
     pub(crate) report: Report,
     pub(crate) start: Instant,
     pub(crate) goal: Goal,
@@ -177,9 +188,13 @@ pub(crate) struct InFlight {
 }
 
 impl Session<'_> {
+    pub(crate) const fn clock(&self) -> &Clock {
+        &self.link.limits.clock
+    }
+
     fn migrate(&mut self, hello: Hello) -> Result<()> {
         self.link.send(&Message::Hello(hello), &Payload::None)?;
-        if !self.link.is_file() {
+        if self.link.is_answered() {
             match self.link.answer("awaiting the welcome")? {
                 Message::Welcome(VERSION) => {}
                 Message::Welcome(found) => return Err(Error::Version { found }),
@@ -201,9 +216,9 @@ impl Session<'_> {
             self.end(error);
         }
         if let Some(stopped) = self.stopped {
-            self.report.downtime_ms = millis(stopped.elapsed());
+            self.report.downtime_ms = millis(self.clock().since(stopped));
         }
-        self.report.total_ms = millis(self.start.elapsed());
+        self.report.total_ms = millis(self.clock().since(self.start));
         self.report.bytes_on_wire = self.link.bytes();
         self.link.close();
         self.report
@@ -266,7 +281,7 @@ impl Session<'_> {
     /// What the policy says now.
     pub(crate) fn decide(&mut self) -> crate::policy::Decision {
         self.goal.held = self.hold.as_mut().is_some_and(|may| !may());
-        self.history.elapsed = self.start.elapsed();
+        self.history.elapsed = self.clock().since(self.start);
         crate::policy::decide(&self.history, &self.goal)
     }
 

@@ -1,7 +1,5 @@
 //! Switchover: the guest stops here and runs there, never at both ends.
 
-use std::time::Instant;
-
 use crate::policy::{Decision, Verdict};
 use crate::sender::{Session, unexpected};
 use crate::wire::{Message, Payload, StateBody};
@@ -13,7 +11,7 @@ impl Session<'_> {
     /// An error with `limits.committed` unset means that the destination was never told to run.
     pub(crate) fn switch_over(&mut self) -> Result<()> {
         let mark = self.mark();
-        self.stopped = Some(Instant::now());
+        self.stopped = Some(self.clock().now());
         self.source.stop()?;
         // Saving state dirties memory, so the last harvest comes after it.
         let state = self.source.state()?;
@@ -33,7 +31,7 @@ impl Session<'_> {
             crc: crc32fast::hash(&state),
         });
         self.link.send(&described, &Payload::Bytes(&state))?;
-        if self.link.is_file() {
+        if !self.link.is_answered() {
             self.link.sync()?;
         } else {
             match self.link.answer("awaiting that the destination is ready")? {
@@ -45,7 +43,7 @@ impl Session<'_> {
         self.source.relinquish()?;
         self.link.limits.committed = true;
         self.link.send(&Message::Go, &Payload::None)?;
-        if self.link.is_file() {
+        if !self.link.is_answered() {
             self.link.sync()?;
         } else {
             match self.link.answer("awaiting that the guest runs")? {
@@ -60,7 +58,7 @@ impl Session<'_> {
     /// The guest runs there. Nothing that fails from here on changes that.
     fn completed(&mut self, mark: &crate::rounds::Mark) {
         if let Some(stopped) = self.stopped.take() {
-            self.report.downtime_ms = crate::sender::millis(stopped.elapsed());
+            self.report.downtime_ms = crate::sender::millis(self.clock().since(stopped));
         }
         self.history.remaining_pages = 0;
         let done = Decision {

@@ -43,4 +43,5 @@ pub use message::{
     Extents, Hello, LayoutBody, MAX_BLOCKS, MAX_EXTENTS, MAX_NAME, MAX_REASON, Message, StateBody,
     VERSION,
 };
-pub(crate) use pipe::{Inlet, Outlet, Payload};
+pub(crate) use pipe::{Inlet, Outlet};
+pub use pipe::{Patience, Payload};

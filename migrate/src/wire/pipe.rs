@@ -9,18 +9,24 @@ use super::header::{HEADER_LEN, Header};
 use super::message::Message;
 use crate::{Error, Result, Stream};
 
-/// Asked each time the stream's own timeout has passed without a byte, with the time since the last one.
-pub(crate) type Patience<'a> = &'a dyn Fn(Duration) -> Result<()>;
+/// Asked each time the stream's own timeout has passed without a byte, with the time since the last one. Its error ends
+/// the wait.
+pub type Patience<'a> = &'a dyn Fn(Duration) -> Result<()>;
 
 /// What follows the metadata.
-pub(crate) enum Payload<'a> {
+pub enum Payload<'a> {
+    /// Nothing.
     None,
+    /// Bytes that nobody changes.
     Bytes(&'a [u8]),
+    /// Guest memory, which may change while it is sent.
     Pages(&'a [VolatileSlice<'a>]),
 }
 
 impl Payload<'_> {
-    fn len(&self) -> u64 {
+    /// Its length in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
         match self {
             Self::None => 0,
             Self::Bytes(bytes) => bytes.len() as u64,
@@ -124,11 +130,11 @@ impl Outlet {
         const DURING: &str = "writing to the stream";
         let metadata = message.encode()?;
         let sequence = self.sequence;
-        let header = Header::encode(message.kind(), sequence, &metadata, payload.len())?;
+        let header = Header::encode(message.kind(), sequence, &metadata, payload.bytes())?;
         let mut head = Vec::with_capacity(HEADER_LEN + metadata.len());
         head.extend_from_slice(&header);
         head.extend_from_slice(&metadata);
-        let length = payload.len();
+        let length = payload.bytes();
         self.whole = false;
         pump(DURING, patience, head.len(), |done| {
             self.stream.write(&head[done..], length > 0)
