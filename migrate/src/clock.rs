@@ -21,7 +21,8 @@ impl Clock {
         Self(None)
     }
 
-    /// A time that stands still unless somebody calls [`Clock::sleep`]. Not for a stream, which moves in real time.
+    /// A time that stands still unless somebody calls [`Clock::sleep`]. For a [`MemoryWire`](crate::MemoryWire): a
+    /// stream moves in real time.
     #[must_use]
     pub fn stopped() -> Self {
         Self(Some(Arc::new(Virtual {

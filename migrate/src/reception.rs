@@ -81,7 +81,8 @@ impl Phase {
     }
 }
 
-/// A migration that is being received. [`Receiver`](crate::Receiver) drives it from a stream:
+/// A migration that is being received. [`Receiver`](crate::Receiver) drives it from a stream, and
+/// [`MemoryWire`](crate::MemoryWire) from a sender in the same thread:
 ///
 /// ```text
 /// frame ... frame (true, or an error, or no more frames come)  end

@@ -105,6 +105,83 @@ fn the_line_breaks_after_any_number_of_bytes() {
     assert!(seen.iter().flatten().all(|n| *n > 0), "{seen:?}");
 }
 
+/// As above, at every frame, with what the ends believe of it; and again exactly, since nothing depends on a thread.
+#[test]
+fn the_line_breaks_before_in_and_after_each_frame() {
+    let migrate = |breaks: Option<Break>| {
+        let (source, mut place) = (small(), ToyDestination::default());
+        let mut options = options();
+        let mut receiver = receiver_options();
+        options.clock = Clock::stopped();
+        receiver.clock = options.clock.clone();
+        let outcomes = receiver.outcomes.clone();
+        let there = place.clone();
+        let mut wire = MemoryWire::new(&mut place, receiver).latency(Duration::from_micros(50));
+        if let Some(breaks) = breaks {
+            wire = wire.break_at(breaks);
+        }
+        let report = Sender::new(&mut source.clone(), options).run_over(&mut wire);
+        let frames = [Way::Forth, Way::Back].map(|way| wire.frames(way));
+        let received = wire.end();
+        let status = check(&source, &there, &report, &outcomes);
+        assert_eq!(received.status == Status::Completed, there.place().running);
+        (source, there, report, outcomes, status, frames)
+    };
+    let (.., status, frames) = migrate(None);
+    assert_eq!(status, Status::Completed);
+    let mut seen = Vec::new();
+    for (way, frames) in [Way::Forth, Way::Back].into_iter().zip(frames) {
+        for frame in 0..frames {
+            for cut in [Cut::Before, Cut::Half, Cut::After] {
+                let (source, place, report, outcomes, status, _) =
+                    migrate(Some(Break { way, frame, cut }));
+                seen.push((way, frame + 1 == frames, cut, status));
+                if status != Status::InDoubt {
+                    continue;
+                }
+                // Asked over a wire of its own, the destination tells the truth.
+                let mut nowhere = ToyDestination::default();
+                let receiver = ReceiverOptions {
+                    outcomes,
+                    ..receiver_options()
+                };
+                let mut wire = MemoryWire::new(&mut nowhere, receiver);
+                let question = wire::Message::Query(report.migration_id);
+                wire.send(&question, &wire::Payload::None, &|_| Ok(()))
+                    .unwrap();
+                let Some(wire::Message::Outcome(outcome)) = wire.answer(Duration::ZERO).unwrap()
+                else {
+                    panic!("no answer");
+                };
+                assert!(matches!(wire.end().error, Some(Error::OnlyQuery)));
+                resolve(&mut source.clone(), outcome).unwrap();
+                assert_ne!(source.guest().running, place.place().running);
+            }
+        }
+    }
+    let count = |way, last, cut, status| {
+        let case = (way, last, cut, status);
+        seen.iter().filter(|one| **one == case).count()
+    };
+    let [forth, back] = frames.map(|n| usize::try_from(n).unwrap());
+    for cut in [Cut::Before, Cut::Half, Cut::After] {
+        // Before GO the source takes its guest back. GO is in doubt however much of it came.
+        assert_eq!(count(Way::Forth, false, cut, Status::Failed), forth - 1);
+        assert_eq!(count(Way::Forth, true, cut, Status::InDoubt), 1);
+    }
+    for cut in [Cut::Before, Cut::Half] {
+        assert_eq!(count(Way::Back, false, cut, Status::Failed), back - 1);
+        assert_eq!(count(Way::Back, true, cut, Status::InDoubt), 1);
+    }
+    // Once READY has come, GO is what gets lost; once RUNNING has, nothing is missing.
+    assert_eq!(
+        count(Way::Back, false, Cut::After, Status::Failed),
+        back - 2
+    );
+    assert_eq!(count(Way::Back, false, Cut::After, Status::InDoubt), 1);
+    assert_eq!(count(Way::Back, true, Cut::After, Status::Completed), 1);
+}
+
 #[test]
 fn a_doubt_is_resolved_by_asking() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,417 @@
+//! A wire without a system: sender and receiver in one thread, faults at any frame, time as a [`Clock`] tells it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use vm_memory::VolatileSlice;
+
+use crate::wire::{HEADER_LEN, Header, Message, Patience, Payload};
+use crate::{
+    Channel, Clock, Destination, Error, Peer, Received, ReceiverOptions, Reception, Result,
+};
+
+/// A direction of a wire.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// From the source to the destination.
+    Forth,
+    /// From the destination to the source.
+    Back,
+}
+
+/// How much of a frame still gets through when the wire breaks at it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cut {
+    /// Nothing, and who sends it is told so.
+    Before,
+    /// Half of its bytes: of its pages the first ones are written, the last of them in part. Who sends it believes that
+    /// all went, as after a write into the buffer of a socket.
+    Half,
+    /// All of it.
+    After,
+}
+
+/// Where a wire breaks. Nothing gets through after that, either way, and the destination is told at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Break {
+    /// The direction of the frame.
+    pub way: Way,
+    /// Its number in that direction, from 0.
+    pub frame: u64,
+    /// How much of it gets through.
+    pub cut: Cut,
+}
+
+/// A [`Channel`] that hands each frame to a [`Reception`] as it is sent. Frames are encoded and decoded as on a stream;
+/// pages are copied from memory to memory. Everything takes place in the sender's thread and in an order that depends
+/// on nothing else, so a run with [`Clock::stopped`] at both ends can be repeated exactly.
+///
+/// ```no_run
+/// # use gleaner_migrate::*;
+/// # fn example(source: &mut dyn Source, destination: &mut dyn Destination, id: MigrationId) {
+/// let clock = Clock::stopped();
+/// let there = ReceiverOptions { clock: clock.clone(), ..ReceiverOptions::default() };
+/// let here = SenderOptions { clock, ..SenderOptions::new(id) };
+/// let mut wire = MemoryWire::new(destination, there)
+///     .break_at(Break { way: Way::Back, frame: 3, cut: Cut::Half });
+/// let report = Sender::new(source, here).run_over(&mut wire);
+/// let received = wire.end();
+/// # }
+/// ```
+pub struct MemoryWire<'a> {
+    line: Line<'a>,
+    end: End<'a>,
+}
+
+/// Called before each frame.
+type Watch<'a> = Box<dyn FnMut(Way, &Message) + 'a>;
+
+/// The destination's end.
+enum End<'a> {
+    Open(Box<Reception<'a>>),
+    Ended(Received),
+}
+
+/// What frames go over.
+struct Line<'a> {
+    clock: Clock,
+    latency: Duration,
+    bandwidth: Option<u64>,
+    breaks: Option<Break>,
+    broken: bool,
+    /// Frames sent, forth and back.
+    frames: [u64; 2],
+    /// Bytes sent forth.
+    bytes: u64,
+    /// Answers on their way, with the time when they are there.
+    answers: VecDeque<(Instant, Message)>,
+    watch: Option<Watch<'a>>,
+}
+
+impl<'a> MemoryWire<'a> {
+    /// A wire to `destination`, without latency, as fast as can be. Its clock is the one of the options; the sender
+    /// must have the same.
+    #[must_use]
+    pub fn new(destination: &'a mut dyn Destination, options: ReceiverOptions) -> Self {
+        Self {
+            line: Line {
+                clock: options.clock.clone(),
+                latency: Duration::ZERO,
+                bandwidth: None,
+                breaks: None,
+                broken: false,
+                frames: [0; 2],
+                bytes: 0,
+                answers: VecDeque::new(),
+                watch: None,
+            },
+            end: End::Open(Box::new(Reception::new(destination, options))),
+        }
+    }
+
+    /// The time that a frame takes from end to end. The destination acts at once and its answers come two latencies
+    /// later.
+    #[must_use]
+    pub fn latency(mut self, latency: Duration) -> Self {
+        self.line.latency = latency;
+        self
+    }
+
+    /// Bytes a second, at least 1, from the source. Answers are too short to count.
+    #[must_use]
+    pub fn bandwidth(mut self, bandwidth: u64) -> Self {
+        self.line.bandwidth = Some(bandwidth.max(1));
+        self
+    }
+
+    /// Breaks it there, if it comes to that.
+    #[must_use]
+    pub fn break_at(mut self, breaks: Break) -> Self {
+        self.line.breaks = Some(breaks);
+        self
+    }
+
+    /// Calls `watch` before each frame: the guest may write, a user cancel, time pass.
+    #[must_use]
+    pub fn watch(mut self, watch: impl FnMut(Way, &Message) + 'a) -> Self {
+        self.line.watch = Some(Box::new(watch));
+        self
+    }
+
+    /// Frames sent so far in one direction, a broken one included if its sender believes that it went.
+    #[must_use]
+    pub fn frames(&self, way: Way) -> u64 {
+        self.line.frames[way as usize]
+    }
+
+    /// How it went at the destination. Where the migration has not ended this is the end of the stream.
+    #[must_use]
+    pub fn end(mut self) -> Received {
+        self.hang_up();
+        match self.end {
+            End::Ended(received) => received,
+            End::Open(_) => Received::nothing(), // not reached: it was hung up
+        }
+    }
+
+    /// The destination hears that nothing more will come.
+    fn hang_up(&mut self) {
+        self.line.broken = true;
+        if let End::Open(reception) = &self.end {
+            let during = reception.doing();
+            self.finish(Err(Error::Closed { during }));
+        }
+    }
+
+    fn finish(&mut self, ended: Result<()>) {
+        let nothing = End::Ended(Received::nothing());
+        if let End::Open(reception) = std::mem::replace(&mut self.end, nothing) {
+            let mut peer = Delivery {
+                line: &mut self.line,
+                payload: Bytes::of(&[], 0),
+            };
+            self.end = End::Ended(reception.end(ended, &mut peer));
+        }
+    }
+
+    /// Hands over a frame whose head is there, and `length` bytes of its payload.
+    fn deliver(&mut self, frame: &Frame, payload: &Payload<'_>, length: u64) {
+        let End::Open(reception) = &mut self.end else {
+            return; // It has ended and reads on, so that its last words are heard.
+        };
+        // Memory that can be read like a guest's, for a payload that is none.
+        let mut copy;
+        let own;
+        let pieces = match payload {
+            Payload::None => &[][..],
+            Payload::Bytes(bytes) => {
+                copy = bytes.to_vec();
+                own = [VolatileSlice::from(&mut copy[..])];
+                &own
+            }
+            Payload::Pages(pieces) => pieces,
+        };
+        let mut peer = Delivery {
+            line: &mut self.line,
+            payload: Bytes::of(pieces, length),
+        };
+        let taken = frame
+            .decode()
+            .and_then(|(header, message)| reception.frame(&header, message, &mut peer));
+        match taken {
+            Ok(false) => {}
+            Ok(true) => self.finish(Ok(())),
+            Err(error) => self.finish(Err(error)),
+        }
+    }
+}
+
+impl Channel for MemoryWire<'_> {
+    fn send(
+        &mut self,
+        message: &Message,
+        payload: &Payload<'_>,
+        _patience: Patience<'_>,
+    ) -> Result<u64> {
+        let line = &mut self.line;
+        let sequence = line.frames[Way::Forth as usize];
+        let frame = Frame::encode(message, sequence, payload.bytes())?;
+        let cut = line.next(Way::Forth, message)?;
+        if cut == Some(Cut::Before) {
+            self.hang_up();
+            return Err(closed(Way::Forth));
+        }
+        let head = HEADER_LEN as u64 + frame.metadata.len() as u64;
+        let length = head + payload.bytes();
+        line.bytes += length;
+        if let Some(bandwidth) = line.bandwidth {
+            let time = Duration::from_secs_f64(length as f64 / bandwidth as f64);
+            line.clock.sleep(time);
+        }
+        let arriving = match cut {
+            Some(Cut::Half) => length / 2,
+            _ => length,
+        };
+        if let Some(rest) = arriving.checked_sub(head) {
+            self.deliver(&frame, payload, rest);
+        }
+        if self.line.broken {
+            self.hang_up();
+        }
+        Ok(sequence)
+    }
+
+    fn answer(&mut self, wait: Duration) -> Result<Option<Message>> {
+        let clock = &self.line.clock;
+        let left = match self.line.answers.front() {
+            Some((there, _)) => clock.until(*there),
+            None if matches!(self.end, End::Ended(_)) => {
+                return Err(Error::Closed {
+                    during: "awaiting an answer",
+                });
+            }
+            None => Duration::MAX,
+        };
+        clock.sleep(left.min(wait));
+        if left > wait {
+            return Ok(None);
+        }
+        Ok(self.line.answers.pop_front().map(|(_, answer)| answer))
+    }
+
+    fn is_answered(&self) -> bool {
+        true
+    }
+
+    fn is_whole(&self) -> bool {
+        true
+    }
+
+    fn bytes(&self) -> u64 {
+        self.line.bytes
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        self.hang_up();
+    }
+}
+
+impl Line<'_> {
+    /// What becomes of the next frame in a direction. An error if its sender is told that it can't be sent any more.
+    fn next(&mut self, way: Way, message: &Message) -> Result<Option<Cut>> {
+        if let Some(watch) = &mut self.watch {
+            watch(way, message);
+        }
+        if self.broken {
+            return Err(closed(way));
+        }
+        let number = &mut self.frames[way as usize];
+        let here = |at: &Break| at.way == way && at.frame == *number;
+        let cut = self.breaks.filter(here).map(|at| at.cut);
+        self.broken = cut.is_some();
+        if cut != Some(Cut::Before) {
+            *number += 1;
+        }
+        Ok(cut)
+    }
+}
+
+const fn closed(way: Way) -> Error {
+    Error::Closed {
+        during: match way {
+            Way::Forth => "writing to the stream",
+            Way::Back => "answering the source",
+        },
+    }
+}
+
+/// A frame without its payload, as it travels.
+struct Frame {
+    header: [u8; HEADER_LEN],
+    metadata: Vec<u8>,
+}
+
+impl Frame {
+    fn encode(message: &Message, sequence: u64, payload: u64) -> Result<Self> {
+        let metadata = message.encode()?;
+        let header = Header::encode(message.kind(), sequence, &metadata, payload)?;
+        Ok(Self { header, metadata })
+    }
+
+    fn decode(&self) -> Result<(Header, Message)> {
+        let header = Header::parse(&self.header)?;
+        header.check(&self.header, &self.metadata)?;
+        Ok((header, Message::decode(header.kind, &self.metadata)?))
+    }
+}
+
+/// A frame that the destination takes, and the way back.
+struct Delivery<'f, 'a> {
+    line: &'f mut Line<'a>,
+    payload: Bytes<'f>,
+}
+
+impl Peer for Delivery<'_, '_> {
+    fn pages(&mut self, pieces: &[VolatileSlice<'_>]) -> Result<()> {
+        pieces
+            .iter()
+            .try_for_each(|piece| self.payload.fill(*piece, "reading pages"))
+    }
+
+    fn bytes(&mut self, length: u32) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; length as usize];
+        let whole = VolatileSlice::from(&mut bytes[..]);
+        self.payload.fill(whole, "reading the state")?;
+        Ok(bytes)
+    }
+
+    fn answer(&mut self, message: &Message) -> Result<()> {
+        let line = &mut *self.line;
+        let sequence = line.frames[Way::Back as usize];
+        match line.next(Way::Back, message)? {
+            Some(Cut::Before) => return Err(closed(Way::Back)),
+            Some(Cut::Half) => return Ok(()),
+            Some(Cut::After) | None => {}
+        }
+        let (_, answer) = Frame::encode(message, sequence, 0)?.decode()?;
+        let there = line.clock.now() + 2 * line.latency;
+        line.answers.push_back((there, answer));
+        Ok(())
+    }
+
+    fn listens(&self) -> bool {
+        true
+    }
+}
+
+/// Bytes of a payload that are still to be read.
+struct Bytes<'f> {
+    pieces: &'f [VolatileSlice<'f>],
+    /// What was read of the first piece.
+    done: usize,
+    /// Bytes that get through.
+    left: u64,
+}
+
+impl<'f> Bytes<'f> {
+    const fn of(pieces: &'f [VolatileSlice<'f>], left: u64) -> Self {
+        Self {
+            pieces,
+            done: 0,
+            left,
+        }
+    }
+
+    /// Copies into all of `to`, or as much as gets through.
+    fn fill(&mut self, to: VolatileSlice<'_>, during: &'static str) -> Result<()> {
+        let unreachable = |e: vm_memory::VolatileMemoryError| Error::Memory {
+            what: "of a payload can't be reached",
+            detail: e.to_string(),
+        };
+        let mut filled = 0;
+        while filled < to.len() {
+            let [piece, rest @ ..] = self.pieces else {
+                return Err(Error::Closed { during });
+            };
+            if self.done == piece.len() {
+                (self.pieces, self.done) = (rest, 0);
+                continue;
+            }
+            let most = usize::try_from(self.left).unwrap_or(usize::MAX);
+            let count = (piece.len() - self.done).min(to.len() - filled).min(most);
+            if count == 0 {
+                return Err(Error::Closed { during });
+            }
+            let from = piece.subslice(self.done, count).map_err(unreachable)?;
+            from.copy_to_volatile_slice(to.subslice(filled, count).map_err(unreachable)?);
+            filled += count;
+            self.done += count;
+            self.left -= count as u64;
+        }
+        Ok(())
+    }
+}
