@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gleaner::model::{Access, Point, Schedule, State};
+use gleaner::model::{Access, ModelKvm, Point, Schedule, State};
 use gleaner::{Block, BlockId, Layout, PAGE_SIZE, SlotKey};
 use vm_memory::{Bytes, VolatileMemory};
 
@@ -112,6 +112,11 @@ impl Stage {
         }
     }
 
+    /// All RAM blocks.
+    pub fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.hosts.values()
+    }
+
     /// A page of any block.
     pub fn any_page(&mut self) -> Option<Page> {
         let blocks: Vec<(BlockId, u64)> = self
@@ -198,6 +203,28 @@ impl Actors {
     /// The stage. Not to be held across calls of the tracker, in which vCPUs act.
     pub fn stage(&self) -> MutexGuard<'_, Stage> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Actors {
+    /// Something that harvests everything, seen by the oracle.
+    ///
+    /// # Errors
+    /// As `harvest`.
+    pub fn harvesting<T, E>(
+        &self,
+        kvm: &ModelKvm,
+        harvest: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut pending = kvm.state().pending();
+        self.stage().oracle.harvest_begins();
+        let outcome = harvest();
+        // What was pending may have come into the log too late, or not at all yet.
+        pending.extend(kvm.state().pending());
+        let mut stage = self.stage();
+        let pending: Vec<_> = pending.iter().filter_map(|h| stage.page_at(*h)).collect();
+        stage.oracle.harvest_ends(outcome.is_ok(), pending);
+        outcome
     }
 }
 

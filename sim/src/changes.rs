@@ -30,7 +30,7 @@ struct Blocks {
 impl World {
     /// Lets something go wrong in the next calls, maybe.
     pub(crate) fn trouble(&mut self) {
-        if !self.random.one_in(6) {
+        if self.quiet || !self.random.one_in(6) {
             return;
         }
         let calls = if self.random.one_in(2) {

@@ -11,6 +11,8 @@
 pub mod actors;
 mod changes;
 pub mod copy;
+pub mod ends;
+pub mod migration;
 pub mod oracle;
 pub mod random;
 pub mod world;

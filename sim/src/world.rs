@@ -69,6 +69,10 @@ pub struct World {
     meter: Option<(u64, Consumer)>,
     /// Slot transactions that were made.
     pub transactions: u64,
+    /// Calls that failed, and resets that were cut short.
+    pub troubles: u64,
+    /// Nothing goes wrong any more.
+    pub quiet: bool,
 }
 
 /// Anonymous memory as a block.
@@ -121,6 +125,8 @@ impl World {
             all_dirty: Vec::new(),
             meter: None,
             transactions: 0,
+            troubles: 0,
+            quiet: false,
         };
         for _ in 0..3 {
             world.transact()?;
@@ -257,15 +263,7 @@ impl World {
     /// # Errors
     /// As `harvest`.
     pub fn harvesting<T>(&self, harvest: impl FnOnce() -> Result<T>) -> Result<T> {
-        let mut pending = self.kvm.state().pending();
-        self.actors.stage().oracle.harvest_begins();
-        let outcome = harvest();
-        // What was pending may have come into the log too late, or not at all yet.
-        pending.extend(self.kvm.state().pending());
-        let mut stage = self.actors.stage();
-        let pending: Vec<_> = pending.iter().filter_map(|h| stage.page_at(*h)).collect();
-        stage.oracle.harvest_ends(outcome.is_ok(), pending);
-        outcome
+        self.actors.harvesting(&self.kvm, harvest)
     }
 
     /// A harvest of everything.
@@ -308,8 +306,9 @@ impl World {
 
     /// An error that was ordered is no news; any other is.
     pub(crate) fn explain(&mut self, error: Error) -> Result<()> {
-        let ordered = std::mem::take(&mut self.kvm.state().orders.failed) > 0;
-        if ordered { Ok(()) } else { Err(error) }
+        let ordered = std::mem::take(&mut self.kvm.state().orders.failed);
+        self.troubles += ordered;
+        if ordered > 0 { Ok(()) } else { Err(error) }
     }
 
     /// Takes the fault of the next call back if it did not come about.
