@@ -34,6 +34,7 @@ pub(crate) fn runs(
         }
         Ok(())
     };
+    let mut copy = [0u8; PAGE];
     let mut at = all.first;
     while at < all.end() {
         let rest = PageRange::new(at, all.end() - at);
@@ -43,7 +44,7 @@ pub(crate) fn runs(
         }
         let mut offset = bytes(data.first - all.first)?;
         for page in data.first..data.end() {
-            add(is_zero(memory, offset), page, 1)?;
+            add(is_zero(memory, offset, &mut copy), page, 1)?;
             offset += PAGE;
         }
         at = data.end();
@@ -64,8 +65,7 @@ pub(crate) fn bytes(pages: u64) -> Result<usize> {
 }
 
 /// Looks at a private copy: guest memory can't be borrowed.
-fn is_zero(memory: &VolatileSlice<'_>, offset: usize) -> bool {
-    let mut copy = [0u8; PAGE];
+fn is_zero(memory: &VolatileSlice<'_>, offset: usize, copy: &mut [u8; PAGE]) -> bool {
     for (from, to) in [(0, PROBE), (PROBE, copy.len())] {
         let copy = &mut copy[from..to];
         let Ok(part) = memory.subslice(offset + from, copy.len()) else {
