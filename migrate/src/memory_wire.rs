@@ -22,7 +22,7 @@ pub enum Way {
 /// How much of a frame still gets through when the wire breaks at it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Cut {
-    /// Nothing, and who sends it is told so.
+    /// Nothing, and who sends it is told so unless the break is silent.
     Before,
     /// Half of its bytes: of its pages the first ones are written, the last of them in part. Who sends it believes that
     /// all went, as after a write into the buffer of a socket.
@@ -31,7 +31,7 @@ pub enum Cut {
     After,
 }
 
-/// Where a wire breaks. Nothing gets through after that, either way, and the destination is told at once.
+/// Where a wire breaks. Nothing that is sent after that gets through, either way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Break {
     /// The direction of the frame.
@@ -40,6 +40,9 @@ pub struct Break {
     pub frame: u64,
     /// How much of it gets through.
     pub cut: Cut,
+    /// Nobody is told: what is sent vanishes, and each end waits until its patience is over, the destination until
+    /// [`MemoryWire::end`]. Otherwise both ends hear of it at once.
+    pub silent: bool,
 }
 
 /// A [`Channel`] that hands each frame to a [`Reception`] as it is sent. Frames are encoded and decoded as on a stream;
@@ -53,7 +56,7 @@ pub struct Break {
 /// let there = ReceiverOptions { clock: clock.clone(), ..ReceiverOptions::default() };
 /// let here = SenderOptions { clock, ..SenderOptions::new(id) };
 /// let mut wire = MemoryWire::new(destination, there)
-///     .break_at(Break { way: Way::Back, frame: 3, cut: Cut::Half });
+///     .break_at(Break { way: Way::Back, frame: 3, cut: Cut::Half, silent: false });
 /// let report = Sender::new(source, here).run_over(&mut wire);
 /// let received = wire.end();
 /// # }
@@ -79,6 +82,10 @@ struct Line<'a> {
     bandwidth: Option<u64>,
     breaks: Option<Break>,
     broken: bool,
+    /// It is broken, and nobody was told.
+    mute: bool,
+    /// How long the destination waits when nobody tells it.
+    patience: Duration,
     /// Frames sent, forth and back.
     frames: [u64; 2],
     /// Bytes sent forth.
@@ -100,6 +107,8 @@ impl<'a> MemoryWire<'a> {
                 bandwidth: None,
                 breaks: None,
                 broken: false,
+                mute: false,
+                patience: options.io_timeout,
                 frames: [0; 2],
                 bytes: 0,
                 answers: VecDeque::new(),
@@ -144,22 +153,22 @@ impl<'a> MemoryWire<'a> {
         self.line.frames[way as usize]
     }
 
-    /// How it went at the destination. Where the migration has not ended this is the end of the stream.
+    /// How it went at the destination. Where the migration has not ended, nothing more comes and it gives up.
     #[must_use]
     pub fn end(mut self) -> Received {
-        self.hang_up();
+        self.give_up();
         match self.end {
             End::Ended(received) => received,
-            End::Open(_) => Received::nothing(), // not reached: it was hung up
+            End::Open(_) => Received::nothing(), // not reached: it has given up
         }
     }
 
-    /// The destination hears that nothing more will come.
-    fn hang_up(&mut self) {
+    /// The destination learns that nothing more will come.
+    fn give_up(&mut self) {
         self.line.broken = true;
         if let End::Open(reception) = &self.end {
-            let during = reception.doing();
-            self.finish(Err(Error::Closed { during }));
+            let error = self.line.lost(reception.doing());
+            self.finish(Err(error));
         }
     }
 
@@ -216,36 +225,35 @@ impl Channel for MemoryWire<'_> {
         let line = &mut self.line;
         let sequence = line.frames[Way::Forth as usize];
         let frame = Frame::encode(message, sequence, payload.bytes())?;
-        let cut = line.next(Way::Forth, message)?;
-        if cut == Some(Cut::Before) {
-            self.hang_up();
-            return Err(closed(Way::Forth));
-        }
-        let head = HEADER_LEN as u64 + frame.metadata.len() as u64;
-        let length = head + payload.bytes();
-        line.bytes += length;
-        if let Some(bandwidth) = line.bandwidth {
-            let time = Duration::from_secs_f64(length as f64 / bandwidth as f64);
-            line.clock.sleep(time);
-        }
-        let arriving = match cut {
-            Some(Cut::Half) => length / 2,
-            _ => length,
-        };
-        if let Some(rest) = arriving.checked_sub(head) {
-            self.deliver(&frame, payload, rest);
+        let share = line.next(Way::Forth, message);
+        if share.is_ok() {
+            let head = HEADER_LEN as u64 + frame.metadata.len() as u64;
+            let length = head + payload.bytes();
+            line.bytes += length;
+            if let Some(bandwidth) = line.bandwidth {
+                let time = Duration::from_secs_f64(length as f64 / bandwidth as f64);
+                line.clock.sleep(time);
+            }
+            let arriving = match share {
+                Ok(Share::All) => length,
+                Ok(Share::Half) => length / 2,
+                Ok(Share::Nothing) | Err(_) => 0,
+            };
+            if let Some(rest) = arriving.checked_sub(head) {
+                self.deliver(&frame, payload, rest);
+            }
         }
         if self.line.broken {
-            self.hang_up();
+            self.close();
         }
-        Ok(sequence)
+        share.map(|_| sequence)
     }
 
     fn answer(&mut self, wait: Duration) -> Result<Option<Message>> {
         let clock = &self.line.clock;
         let left = match self.line.answers.front() {
             Some((there, _)) => clock.until(*there),
-            None if matches!(self.end, End::Ended(_)) => {
+            None if matches!(self.end, End::Ended(_)) && !self.line.mute => {
                 return Err(Error::Closed {
                     during: "awaiting an answer",
                 });
@@ -276,28 +284,55 @@ impl Channel for MemoryWire<'_> {
     }
 
     fn close(&mut self) {
-        self.hang_up();
+        if !self.line.mute {
+            self.give_up();
+        }
     }
 }
 
 impl Line<'_> {
-    /// What becomes of the next frame in a direction. An error if its sender is told that it can't be sent any more.
-    fn next(&mut self, way: Way, message: &Message) -> Result<Option<Cut>> {
+    /// How much of the next frame in a direction gets through. An error if its sender is told that nothing does.
+    fn next(&mut self, way: Way, message: &Message) -> Result<Share> {
         if let Some(watch) = &mut self.watch {
             watch(way, message);
         }
-        if self.broken {
-            return Err(closed(way));
-        }
         let number = &mut self.frames[way as usize];
         let here = |at: &Break| at.way == way && at.frame == *number;
-        let cut = self.breaks.filter(here).map(|at| at.cut);
-        self.broken = cut.is_some();
-        if cut != Some(Cut::Before) {
-            *number += 1;
-        }
-        Ok(cut)
+        let cut = match self.breaks.filter(here) {
+            _ if self.broken => Some(Cut::Before),
+            None => None,
+            Some(at) => {
+                (self.broken, self.mute) = (true, at.silent);
+                Some(at.cut)
+            }
+        };
+        let share = match cut {
+            None | Some(Cut::After) => Share::All,
+            Some(Cut::Half) => Share::Half,
+            Some(Cut::Before) if self.mute => Share::Nothing,
+            Some(Cut::Before) => return Err(closed(way)),
+        };
+        self.frames[way as usize] += 1;
+        Ok(share)
     }
+
+    /// What the destination meets when it awaits more.
+    fn lost(&self, during: &'static str) -> Error {
+        if self.mute {
+            let after = self.patience;
+            Error::Silent { during, after }
+        } else {
+            Error::Closed { during }
+        }
+    }
+}
+
+/// How much of a frame gets through.
+#[derive(Clone, Copy)]
+enum Share {
+    Nothing,
+    Half,
+    All,
 }
 
 const fn closed(way: Way) -> Error {
@@ -337,29 +372,31 @@ struct Delivery<'f, 'a> {
 
 impl Peer for Delivery<'_, '_> {
     fn pages(&mut self, pieces: &[VolatileSlice<'_>]) -> Result<()> {
-        pieces
-            .iter()
-            .try_for_each(|piece| self.payload.fill(*piece, "reading pages"))
+        let mut pieces = pieces.iter();
+        if pieces.all(|piece| self.payload.fill(*piece)) {
+            Ok(())
+        } else {
+            Err(self.line.lost("reading pages"))
+        }
     }
 
     fn bytes(&mut self, length: u32) -> Result<Vec<u8>> {
         let mut bytes = vec![0; length as usize];
-        let whole = VolatileSlice::from(&mut bytes[..]);
-        self.payload.fill(whole, "reading the state")?;
-        Ok(bytes)
+        if self.payload.fill(VolatileSlice::from(&mut bytes[..])) {
+            Ok(bytes)
+        } else {
+            Err(self.line.lost("reading the state"))
+        }
     }
 
     fn answer(&mut self, message: &Message) -> Result<()> {
         let line = &mut *self.line;
         let sequence = line.frames[Way::Back as usize];
-        match line.next(Way::Back, message)? {
-            Some(Cut::Before) => return Err(closed(Way::Back)),
-            Some(Cut::Half) => return Ok(()),
-            Some(Cut::After) | None => {}
-        }
         let (_, answer) = Frame::encode(message, sequence, 0)?.decode()?;
-        let there = line.clock.now() + 2 * line.latency;
-        line.answers.push_back((there, answer));
+        if let Share::All = line.next(Way::Back, message)? {
+            let there = line.clock.now() + 2 * line.latency;
+            line.answers.push_back((there, answer));
+        }
         Ok(())
     }
 
@@ -386,32 +423,31 @@ impl<'f> Bytes<'f> {
         }
     }
 
-    /// Copies into all of `to`, or as much as gets through.
-    fn fill(&mut self, to: VolatileSlice<'_>, during: &'static str) -> Result<()> {
-        let unreachable = |e: vm_memory::VolatileMemoryError| Error::Memory {
-            what: "of a payload can't be reached",
-            detail: e.to_string(),
-        };
+    /// Copies into `to` as much as gets through; whether that is all of it.
+    fn fill(&mut self, to: VolatileSlice<'_>) -> bool {
         let mut filled = 0;
         while filled < to.len() {
             let [piece, rest @ ..] = self.pieces else {
-                return Err(Error::Closed { during });
+                return false;
             };
             if self.done == piece.len() {
                 (self.pieces, self.done) = (rest, 0);
                 continue;
             }
-            let most = usize::try_from(self.left).unwrap_or(usize::MAX);
-            let count = (piece.len() - self.done).min(to.len() - filled).min(most);
+            let left = usize::try_from(self.left).unwrap_or(usize::MAX);
+            let count = (piece.len() - self.done).min(to.len() - filled).min(left);
+            let (Ok(from), Ok(to)) = (piece.subslice(self.done, count), to.subslice(filled, count))
+            else {
+                return false; // not reached: both are at least as long
+            };
             if count == 0 {
-                return Err(Error::Closed { during });
+                return false;
             }
-            let from = piece.subslice(self.done, count).map_err(unreachable)?;
-            from.copy_to_volatile_slice(to.subslice(filled, count).map_err(unreachable)?);
+            from.copy_to_volatile_slice(to);
             filled += count;
             self.done += count;
             self.left -= count as u64;
         }
-        Ok(())
+        true
     }
 }

@@ -99,6 +99,7 @@ fn half_a_frame_of_pages_writes_the_first_half_of_them() {
         way: Way::Forth,
         frame: 2,
         cut: Cut::Half,
+        silent: false,
     });
     let report = Sender::new(&mut source.clone(), options()).run_over(&mut wire);
     let received = wire.end();
