@@ -99,7 +99,7 @@ mod tests {
         let mut bits = PageBitmap::new(if block == 0 { 100 } else { 70 });
         bits.set(page);
         let all = PageRange::new(0, bits.pages());
-        store.publish(BlockId(block), &bits, all);
+        store.publish(BlockId(block), &bits, &[all]);
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! * [`DirtyStore`], [`Consumer`], [`Lease`]: the bits by (block, page), a set for each consumer.
 //! * [`RemapPlan`]: where the dirty pages of one layout are in the next one.
 
+mod atomic_bitmap;
 mod bits;
 mod block;
 mod error;

@@ -14,13 +14,14 @@ pub struct PageBitmap {
 }
 
 impl PageBitmap {
-    /// A bitmap of `pages` clean pages.
+    /// A bitmap of `pages` clean pages. It takes memory where something is set or cleared, and nowhere else.
     #[must_use]
     #[allow(clippy::cast_possible_truncation)] // 64-bit hosts only, as KVM's dirty ring
     pub fn new(pages: u64) -> Self {
-        Self {
-            bits: BitVec::repeat(false, pages as usize),
-        }
+        // Zeroed by the allocator: `BitVec::repeat` would write every word.
+        let mut bits = BitVec::from_vec(vec![0; pages.div_ceil(64) as usize]);
+        bits.truncate(pages as usize);
+        Self { bits }
     }
 
     /// A bitmap of `pages` dirty pages.

@@ -7,9 +7,10 @@
 //! [`Lease`](crate::Lease).
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
-use crate::{BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Slot, SlotKey};
+use crate::{
+    BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Runs, Slot, SlotKey,
+};
 
 /// What a harvest has to cover.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,24 +70,61 @@ pub struct Collected {
     blocks: BTreeMap<BlockId, Staging>,
 }
 
-/// Bits of one block, and which of its words may be non-zero: clearing and publishing follow that, not the block's size.
+/// Pages whose bits are published and cleared together: 16 MiB of guest memory, 512 bytes of bits.
+const CHUNK: u64 = 4096;
+
+/// Bits of one block, and which of its chunks may have some: a harvest's cost follows those, not the block's size.
 #[derive(Debug)]
 struct Staging {
     bits: PageBitmap,
-    touched: Range<u64>,
+    /// A bit for each chunk.
+    touched: PageBitmap,
 }
 
 impl Staging {
-    fn touch(&mut self, range: PageRange) {
-        if self.touched.is_empty() {
-            self.touched = range.first..range.end();
-        } else {
-            self.touched = self.touched.start.min(range.first)..self.touched.end.max(range.end());
+    fn new(pages: u64) -> Self {
+        Self {
+            bits: PageBitmap::new(pages),
+            touched: PageBitmap::new(pages.div_ceil(CHUNK)),
         }
     }
 
-    fn touched(&self) -> PageRange {
-        PageRange::new(self.touched.start, self.touched.end - self.touched.start)
+    fn touch(&mut self, range: PageRange) {
+        let first = range.first / CHUNK;
+        let end = range.end().div_ceil(CHUNK);
+        self.touched.set_range(PageRange::new(first, end - first));
+    }
+
+    /// ORs `words` into `range`, chunks without a bit left out.
+    fn or(&mut self, range: PageRange, words: &[u64]) -> Result<()> {
+        let room = words.len() as u64 * 64;
+        if range.pages > room {
+            return Err(Error::LengthMismatch {
+                left: range.pages,
+                right: room,
+            });
+        }
+        let mut done = 0;
+        while let Some(run) = Runs::new(words, done, range.pages).next() {
+            let first = range.first + run.first;
+            let end = (range.first + run.end()).next_multiple_of(CHUNK);
+            let part = PageRange::new(first, end.min(range.end()) - first);
+            self.touch(part);
+            self.bits.or_words_at(part, words, run.first)?;
+            done = run.first + part.pages;
+        }
+        Ok(())
+    }
+
+    /// The touched chunks, those that follow each other as one range.
+    fn touched(&self) -> Vec<PageRange> {
+        self.touched
+            .runs()
+            .map(|run| {
+                let first = run.first * CHUNK;
+                PageRange::new(first, (run.end() * CHUNK).min(self.bits.pages()) - first)
+            })
+            .collect()
     }
 }
 
@@ -104,9 +142,6 @@ impl Collected {
                 range,
             });
         }
-        if range.pages > 0 {
-            staging.touch(range);
-        }
         Ok(staging)
     }
 
@@ -115,9 +150,7 @@ impl Collected {
     /// # Errors
     /// [`Error::UnknownBlock`], [`Error::OutsideBlock`], [`Error::LengthMismatch`] when `words` is shorter than the slot.
     pub fn or_slot(&mut self, slot: &Slot, words: &[u64]) -> Result<()> {
-        self.staging(slot.block, slot.range)?
-            .bits
-            .or_words_at(slot.range, words, 0)
+        self.or_block(slot.block, slot.range, words)
     }
 
     /// Takes a bitmap of some pages of a block: bit `n` is page `range.first + n`.
@@ -125,9 +158,7 @@ impl Collected {
     /// # Errors
     /// As [`Collected::or_slot`].
     pub fn or_block(&mut self, block: BlockId, range: PageRange, words: &[u64]) -> Result<()> {
-        self.staging(block, range)?
-            .bits
-            .or_words_at(range, words, 0)
+        self.staging(block, range)?.or(range, words)
     }
 
     /// Takes a single page.
@@ -135,9 +166,7 @@ impl Collected {
     /// # Errors
     /// [`Error::UnknownBlock`], [`Error::OutsideBlock`].
     pub fn mark(&mut self, block: BlockId, page: u64) -> Result<()> {
-        let staging = self.staging(block, PageRange::new(page, 1))?;
-        staging.bits.set(page);
-        Ok(())
+        self.mark_pages(block, &[page])
     }
 
     /// Takes single pages of one block, in any order.
@@ -152,6 +181,7 @@ impl Collected {
         let staging = self.staging(block, hull)?;
         for &page in pages {
             staging.bits.set(page);
+            staging.touched.set(page / CHUNK);
         }
         Ok(())
     }
@@ -161,7 +191,9 @@ impl Collected {
     /// # Errors
     /// [`Error::UnknownBlock`], [`Error::OutsideBlock`].
     pub fn mark_range(&mut self, block: BlockId, range: PageRange) -> Result<()> {
-        self.staging(block, range)?.bits.set_range(range);
+        let staging = self.staging(block, range)?;
+        staging.bits.set_range(range);
+        staging.touch(range);
         Ok(())
     }
 }
@@ -194,10 +226,10 @@ impl Harvester {
 
     /// Makes room for a block. Bits of blocks it was not told of are refused.
     pub fn add_block(&mut self, block: BlockId, pages: u64) {
-        self.staged.blocks.entry(block).or_insert_with(|| Staging {
-            bits: PageBitmap::new(pages),
-            touched: 0..0,
-        });
+        self.staged
+            .blocks
+            .entry(block)
+            .or_insert_with(|| Staging::new(pages));
     }
 
     /// Forgets a block and what was held back of it.
@@ -277,16 +309,18 @@ impl Harvester {
     fn publish(&mut self, store: Option<&DirtyStore>) -> HarvestReport {
         let mut report = HarvestReport::default();
         for (&block, staging) in &mut self.staged.blocks {
-            let range = staging.touched();
-            if range.pages == 0 {
-                continue;
-            }
+            let ranges = staging.touched();
             if let Some(store) = store {
-                report.pages += staging.bits.count_range(range);
-                store.publish(block, &staging.bits, range);
+                report.pages += ranges
+                    .iter()
+                    .map(|&range| staging.bits.count_range(range))
+                    .sum::<u64>();
+                store.publish(block, &staging.bits, &ranges);
             }
-            staging.bits.clear_range(range);
-            staging.touched = 0..0;
+            for range in ranges {
+                staging.bits.clear_range(range);
+            }
+            staging.touched.clear();
         }
         report
     }

@@ -133,10 +133,14 @@ impl DirtyStore {
             .collect()
     }
 
-    pub(crate) fn publish(&self, block: BlockId, bits: &PageBitmap, range: PageRange) {
+    /// ORs the bits of `ranges` into each consumer's dirty set.
+    pub(crate) fn publish(&self, block: BlockId, bits: &PageBitmap, ranges: &[PageRange]) {
         let mut inner = self.lock();
         for state in inner.consumers.values_mut() {
-            if let Some(sets) = state.sets.get_mut(&block) {
+            let Some(sets) = state.sets.get_mut(&block) else {
+                continue;
+            };
+            for &range in ranges {
                 let done = sets.dirty.or_words_at(range, bits.words(), range.first);
                 debug_assert!(done.is_ok(), "harvester and store disagree on a length");
             }

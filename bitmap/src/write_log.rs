@@ -1,11 +1,11 @@
 //! The VMM's own writes: no log of KVM's has them.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
+use crate::atomic_bitmap::AtomicBitmap;
 use crate::{
     BlockId, Collected, DirtySource, Error, Layout, PAGE_SIZE, PageRange, Rearm, Result, Scope,
 };
@@ -15,9 +15,8 @@ use crate::{
 /// The log belongs to the block. A region is a window on it, so replacing a region drops nothing, and a clone shares
 /// the bits.
 ///
-/// Marks come *after* the write they speak of, by an unconditional `fetch_or(Release)`: who takes the bit sees the
-/// write. (Testing the bit first without a fence loses marks: the test can read the old bit before the write is
-/// visible.) A mark outside its window is an error that stays, and fails the next harvest.
+/// Marks come *after* the write they speak of: who takes the bit sees the write. A mark outside its window is an error that
+/// stays, and fails the next harvest.
 #[derive(Clone)]
 pub struct WriteLog {
     log: Arc<Log>,
@@ -34,35 +33,34 @@ struct Window {
 
 struct Log {
     block: BlockId,
-    pages: u64,
-    words: Vec<AtomicU64>,
+    marks: AtomicBitmap,
     outside: OnceLock<(u64, u64)>,
 }
 
 impl Log {
     fn mark(&self, window: Window, offset: u64, len: u64) {
+        if let Some(range) = self.touched(window, offset, len) {
+            self.marks.set_range(range);
+        }
+    }
+
+    /// The block's pages that `len` bytes of a window touch.
+    fn touched(&self, window: Window, offset: u64, len: u64) -> Option<PageRange> {
         if len == 0 {
-            return;
+            return None;
         }
         if offset.checked_add(len).is_none_or(|end| end > window.len) {
             // The first one is kept; one is enough to fail every harvest.
             let _ = self.outside.set((offset, len));
-            return;
+            return None;
         }
         let first = (window.start + offset) / PAGE_SIZE;
         let last = (window.start + offset + len - 1) / PAGE_SIZE;
-        crate::bits::masked_words(first, last - first + 1, |i, mask| {
-            self.words[i].fetch_or(mask, Ordering::Release);
-        });
+        Some(PageRange::new(first, last - first + 1))
     }
 
-    #[allow(clippy::cast_possible_truncation)] // word index of a vector in memory
     fn dirty_at(&self, window: Window, offset: u64) -> bool {
-        if offset >= window.len {
-            return false;
-        }
-        let page = (window.start + offset) / PAGE_SIZE;
-        self.words[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
+        offset < window.len && self.marks.get((window.start + offset) / PAGE_SIZE)
     }
 }
 
@@ -70,12 +68,10 @@ impl WriteLog {
     /// The log of a whole block.
     #[must_use]
     pub fn new(block: BlockId, pages: u64) -> Self {
-        let words = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self {
             log: Arc::new(Log {
                 block,
-                pages,
-                words,
+                marks: AtomicBitmap::new(pages),
                 outside: OnceLock::new(),
             }),
             window: Window {
@@ -105,11 +101,8 @@ impl WriteLog {
 
     /// Drops all marks: whoever takes the block takes all of its pages anyway.
     pub fn forget(&self) {
-        for word in &self.log.words {
-            if word.load(Ordering::Relaxed) != 0 {
-                word.store(0, Ordering::Relaxed);
-            }
-        }
+        // Nothing refuses, so nothing fails.
+        let _ = self.log.marks.take(|_, _| Ok(()));
     }
 
     /// A window on some pages of this window, for a region that maps only those.
@@ -219,20 +212,9 @@ impl DirtySource for WriteLog {
                 len,
             });
         }
-        for (i, word) in self.log.words.iter().enumerate() {
-            // A mark that this load misses is found by the next harvest: nothing is cleared that was not seen.
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let bits = word.swap(0, Ordering::AcqRel);
-            let first = i as u64 * 64;
-            let range = PageRange::new(first, (self.log.pages - first).min(64));
-            into.or_block(self.log.block, range, &[bits])
-                .inspect_err(|_| {
-                    word.fetch_or(bits, Ordering::Release);
-                })?;
-        }
-        Ok(())
+        self.log
+            .marks
+            .take(|range, bits| into.or_block(self.log.block, range, &[bits]))
     }
 
     /// Nothing to do: taking a bit is what arms it, and a later write marks it again.
@@ -249,8 +231,8 @@ mod tests {
     fn harvest(log: &WriteLog) -> Result<Vec<Extent>> {
         let store = Arc::new(DirtyStore::default());
         let mut harvester = Harvester::default();
-        store.add_block(log.block(), log.log.pages);
-        harvester.add_block(log.block(), log.log.pages);
+        store.add_block(log.block(), log.len() / PAGE_SIZE);
+        harvester.add_block(log.block(), log.len() / PAGE_SIZE);
         let consumer = store.consumer(Start::Empty);
         let mut source = log.clone();
         let layout = Layout::empty(10);
