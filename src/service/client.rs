@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use gleaner_bitmap::{BlockId, Layout};
 use gleaner_migrate::{
@@ -13,17 +11,14 @@ use gleaner_migrate::{
     PageLease, Result, Source,
 };
 
-use super::message::{Request, Response, VERSION, receive_response, send_request};
+use super::exchange::{Exchange, SocketExchange};
+use super::message::{Request, Response, VERSION};
 use crate::Error;
 
-/// Longest wait for an answer: stopping a guest has a limit of 10 s of its own.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// An agent's connection to a service. Dropped, the service hears that the agent is gone.
+/// An agent's end of its connection to a service. Dropped, the service hears that the agent is gone.
 #[derive(Debug)]
-pub struct ServiceClient {
-    stream: UnixStream,
-    path: PathBuf,
+pub struct ServiceClient<E = SocketExchange> {
+    exchange: E,
     /// Blocks mapped so far, with their lengths.
     blocks: BTreeMap<BlockId, Arc<MappedMemory>>,
     lengths: BTreeMap<BlockId, u64>,
@@ -33,11 +28,11 @@ pub struct ServiceClient {
 
 /// How the service took the agent.
 #[derive(Debug)]
-pub enum Attach {
+pub enum Attach<E = SocketExchange> {
     /// A new attempt has begun.
-    Ready(ServiceClient),
+    Ready(ServiceClient<E>),
     /// An earlier attempt is in doubt. Ask its destination, then `complete` or `resume`.
-    InDoubt(ServiceClient, MigrationId),
+    InDoubt(ServiceClient<E>, MigrationId),
 }
 
 impl ServiceClient {
@@ -46,16 +41,18 @@ impl ServiceClient {
     /// # Errors
     /// [`Error::Socket`] when nobody serves there; [`Error::Service`] with what the service says.
     pub fn attach(path: &Path, migration: MigrationId) -> crate::Result<Attach> {
-        let fail = |source| Error::Socket {
-            path: path.to_path_buf(),
-            source,
-        };
-        let stream = UnixStream::connect(path).map_err(fail)?;
-        stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
-        stream.set_write_timeout(Some(PATIENCE)).map_err(fail)?;
+        Self::attach_over(SocketExchange::connect(path)?, migration)
+    }
+}
+
+impl<E: Exchange> ServiceClient<E> {
+    /// Attaches over a connection that is open already.
+    ///
+    /// # Errors
+    /// [`Error::Socket`] when no answer comes; [`Error::Service`] with what the service says.
+    pub fn attach_over(exchange: E, migration: MigrationId) -> crate::Result<Attach<E>> {
         let mut client = Self {
-            stream,
-            path: path.to_path_buf(),
+            exchange,
             blocks: BTreeMap::new(),
             lengths: BTreeMap::new(),
             relinquished: false,
@@ -70,34 +67,14 @@ impl ServiceClient {
                 client.relinquished = true;
                 Ok(Attach::InDoubt(client, MigrationId(migration)))
             }
-            (other, _) => Err(client.unexpected(&other)),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
     fn ask(&mut self, request: &Request) -> crate::Result<(Response, Option<File>)> {
-        // A service that refuses says why before it hangs up, so a failed send is followed by a look for its words.
-        let sent = send_request(&mut self.stream, request);
-        let answer = receive_response(&mut self.stream);
-        match (sent, answer) {
-            (_, Ok((Response::Error(reason), _))) => Err(Error::Service { reason }),
-            (Ok(()), Ok((response, fd))) => Ok((response, fd.map(File::from))),
-            (Err(source), _) | (Ok(()), Err(source)) => {
-                // An answer that comes late must not be taken for the next one: the service shall see a hang-up.
-                let _ = self.stream.shutdown(std::net::Shutdown::Both);
-                Err(Error::Socket {
-                    path: self.path.clone(),
-                    source,
-                })
-            }
-        }
-    }
-
-    fn unexpected(&self, response: &Response) -> Error {
-        Error::Service {
-            reason: format!("an answer that does not fit: {response:?}")
-                .chars()
-                .take(200)
-                .collect(),
+        match self.exchange.ask(request)? {
+            (Response::Error(reason), _) => Err(Error::Service { reason }),
+            answer => Ok(answer),
         }
     }
 
@@ -109,7 +86,7 @@ impl ServiceClient {
     fn done(&mut self, request: &Request) -> Result<()> {
         match self.call(request)? {
             Response::Done => Ok(()),
-            other => Err(MigrateError::source(self.unexpected(&other))),
+            other => Err(MigrateError::source(unexpected(&other))),
         }
     }
 
@@ -125,7 +102,7 @@ impl ServiceClient {
             .ask(&Request::Block(block))
             .map_err(MigrateError::source)?;
         let (Response::Block { offset }, Some(file)) = (&response, file) else {
-            return Err(MigrateError::source(self.unexpected(&response)));
+            return Err(MigrateError::source(unexpected(&response)));
         };
         // A block that went between lease and layout has no length there; its descriptor has.
         let pages = match self.lengths.get(&block) {
@@ -144,7 +121,16 @@ impl ServiceClient {
     }
 }
 
-impl Source for ServiceClient {
+fn unexpected(response: &Response) -> Error {
+    Error::Service {
+        reason: format!("an answer that does not fit: {response:?}")
+            .chars()
+            .take(200)
+            .collect(),
+    }
+}
+
+impl<E: Exchange> Source for ServiceClient<E> {
     fn layout(&mut self) -> Result<Layout> {
         match self.call(&Request::Layout)? {
             Response::Layout {
@@ -158,7 +144,7 @@ impl Source for ServiceClient {
                 self.blocks.retain(|id, _| layout.block(*id).is_some());
                 Ok(layout)
             }
-            other => Err(MigrateError::source(self.unexpected(&other))),
+            other => Err(MigrateError::source(unexpected(&other))),
         }
     }
 
@@ -171,7 +157,7 @@ impl Source for ServiceClient {
                 generation,
                 dirty_pages,
             }),
-            other => Err(MigrateError::source(self.unexpected(&other))),
+            other => Err(MigrateError::source(unexpected(&other))),
         }
     }
 
@@ -179,7 +165,7 @@ impl Source for ServiceClient {
         let lease = match self.call(&Request::Lease(max_pages))? {
             Response::Leased(None) => return Ok(None),
             Response::Leased(Some(lease)) => lease,
-            other => return Err(MigrateError::source(self.unexpected(&other))),
+            other => return Err(MigrateError::source(unexpected(&other))),
         };
         let parts = lease
             .extents
@@ -208,7 +194,7 @@ impl Source for ServiceClient {
     fn state(&mut self) -> Result<Vec<u8>> {
         match self.call(&Request::State)? {
             Response::State(state) => Ok(state),
-            other => Err(MigrateError::source(self.unexpected(&other))),
+            other => Err(MigrateError::source(unexpected(&other))),
         }
     }
 
@@ -233,14 +219,14 @@ impl Source for ServiceClient {
         }
         match resumed.map_err(MigrateError::source)? {
             (Response::Done, _) => Ok(()),
-            (other, _) => Err(MigrateError::source(self.unexpected(&other))),
+            (other, _) => Err(MigrateError::source(unexpected(&other))),
         }
     }
 
     fn transactions(&mut self) -> Result<u64> {
         match self.call(&Request::Transactions)? {
             Response::Number(n) => Ok(n),
-            other => Err(MigrateError::source(self.unexpected(&other))),
+            other => Err(MigrateError::source(unexpected(&other))),
         }
     }
 }

@@ -15,11 +15,13 @@
 //! ```
 
 mod client;
+mod exchange;
 mod message;
 mod server;
 mod session;
 
 pub use client::{Attach, ServiceClient};
+pub use exchange::{Exchange, SocketExchange};
 pub use message::{Request, Response, VERSION};
 pub use server::{Service, ServiceSocket};
 pub use session::{Reply, Session, SessionSource};
