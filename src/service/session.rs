@@ -70,6 +70,15 @@ impl From<Response> for Reply {
 ///
 /// Invariants: the guest goes on whenever an agent is gone in `Migrating` or `Stopped`; from `Committing` on only
 /// [`Request::Resume`], which stands for a proven refusal, lets it go on here.
+///
+/// # Stale agents
+///
+/// The fence is the connection: whoever serves a session hears one connection from its first request until
+/// [`Session::hang_up`], no other one meanwhile, and nothing of it afterwards (the service's socket holds the session's
+/// lock for as long as a connection lasts). So no request of an agent that was replaced gets here, and requests need no
+/// epoch. One thing is left to such an agent: to say GO, if it had heard that the guest is let go of. It does no harm.
+/// The guest goes on here only after the destination has refused, which is final, and a destination that has refused
+/// reads no GO.
 pub struct Session<S, F> {
     begin: F,
     source: Option<S>,
@@ -83,6 +92,7 @@ impl<S, F> std::fmt::Debug for Session<S, F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
             .field("phase", &self.phase)
+            .field("attached", &self.attached)
             .finish_non_exhaustive()
     }
 }
