@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gleaner_bitmap::{Layout, PAGE_SIZE, PageRange, Slot, SlotKey};
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
 use super::machine::Parts;
@@ -30,7 +31,7 @@ const STOPPED_PAUSE: Duration = Duration::from_millis(1);
 const SLOTS_MOST: usize = 48;
 
 /// What a transaction does.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub enum Kind {
     /// Punches a hole into a slot.
     Hole,
@@ -95,8 +96,8 @@ impl FromStr for Kind {
     }
 }
 
-/// How slots are to be changed.
-#[derive(Clone, Debug)]
+/// How slots are to be changed. It travels with the guest, which finds its layout as restless as it left it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ChurnConfig {
     /// Transactions a second; as many as possible if `None`.
     pub rate: Option<f64>,
@@ -104,6 +105,16 @@ pub struct ChurnConfig {
     pub kinds: Vec<Kind>,
     /// Seed of the choices.
     pub seed: u64,
+}
+
+impl ChurnConfig {
+    /// The same at the destination, with choices of its own.
+    pub(super) fn next(&self) -> Self {
+        Self {
+            seed: self.seed.wrapping_add(1),
+            ..self.clone()
+        }
+    }
 }
 
 /// What was done.
@@ -445,11 +456,20 @@ impl Shuffle {
         let Some(gpa) = room else { return Ok(false) };
         // Odd lengths on purpose: a slot need not be a multiple of 64 pages.
         let pages = 1 + self.below(767);
-        let block = Block::memfd(&format!("dimm{}", self.plugged), pages * PAGE_SIZE)?;
+        // Blocks that came with the guest have names too.
+        while layout.block_named(&self.dimm()).is_some() {
+            self.plugged += 1;
+        }
+        let block = Block::memfd(&self.dimm(), pages * PAGE_SIZE)?;
         self.plugged += 1;
         tx.add_block(&block)
             .create(key, GuestAddress(gpa), block.extent(block.info().all()));
         Ok(true)
+    }
+
+    /// The name of the next block.
+    fn dimm(&self) -> String {
+        format!("dimm{}", self.plugged)
     }
 
     /// Home pages that no slot shows at their home address.

@@ -146,8 +146,9 @@ impl IncomingMachine {
             board: Board::default(),
             write_rate: state.write_rate,
             idle: state.idle,
+            churn: state.churn,
         });
-        Machine::assemble(parts, state.device, None, |vcpu, index| {
+        Machine::assemble(parts, state.device, |vcpu, index| {
             vcpus[index].restore(vcpu)
         })
     }

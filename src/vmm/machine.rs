@@ -152,6 +152,7 @@ pub(super) struct MachineState {
     pub vcpus: Vec<Vec<u8>>,
     pub write_rate: Option<u64>,
     pub idle: bool,
+    pub churn: Option<ChurnConfig>,
     pub device: DeviceState,
 }
 
@@ -191,6 +192,7 @@ pub(super) struct Parts {
     pub board: Board,
     pub write_rate: Option<u64>,
     pub idle: bool,
+    pub churn: Option<ChurnConfig>,
 }
 
 impl Parts {
@@ -297,6 +299,7 @@ impl Machine {
             board: Board::default(),
             write_rate: config.write_rate,
             idle: config.workload == Workload::Idle,
+            churn: config.churn.clone(),
         });
         guest.load(&parts.memory())?;
         let mut tx = parts.tracker.transaction();
@@ -306,16 +309,13 @@ impl Machine {
             .create(1, GuestAddress(HOME), parts.ram.extent(home));
         tx.commit()?;
         let device = DeviceState::new(config.seed);
-        Self::assemble(parts, device, config.churn.clone(), |vcpu, index| {
-            guest.start(vcpu, index)
-        })
+        Self::assemble(parts, device, |vcpu, index| guest.start(vcpu, index))
     }
 
     /// Makes vCPUs and threads; the guest stays stopped.
     pub(super) fn assemble(
         parts: Arc<Parts>,
         device: DeviceState,
-        churn: Option<ChurnConfig>,
         mut init: impl FnMut(&kvm_ioctls::VcpuFd, usize) -> Result<(), GuestError>,
     ) -> Result<Self, MachineError> {
         let stopped = parts.tracker.stop(|| Ok(()))?;
@@ -340,7 +340,7 @@ impl Machine {
             machine.threads.push(vcpu::spawn(&parts, vcpu, index)?);
         }
         machine.device = Some(Device::spawn(&parts, device).map_err(MachineError::Thread)?);
-        if let Some(config) = churn {
+        if let Some(config) = parts.churn.clone() {
             machine.churn = Some(Churn::spawn(&parts, config).map_err(MachineError::Thread)?);
         }
         Ok(machine)
@@ -477,6 +477,7 @@ impl Hooks for MachineHooks {
             vcpus: vcpus.into_iter().map(|(_, state)| state).collect(),
             write_rate: self.parts.write_rate,
             idle: self.parts.idle,
+            churn: self.parts.churn.as_ref().map(ChurnConfig::next),
             device: self
                 .device
                 .lock()
