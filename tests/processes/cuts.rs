@@ -20,9 +20,10 @@ fn migrate(place: Place, guest: Guest, n: usize, kind: u8, part: Part) -> Broken
     let receive = Receive::start(&place, &name, &["--resume"]);
     let line = place.path(&format!("line{n}"));
     let socket = place.path(&format!("{name}.socket"));
-    let proxy = proxy(&line, socket, Cut { kind, part });
-    let sent = guest.send(&format!("unix:{}", line.display()), &[]).end();
-    assert!(proxy.join().unwrap(), "the cut was reached: {sent:?}");
+    let held = hold(&line, socket, Point { kind, part });
+    let send = guest.send(&format!("unix:{}", line.display()), &[]);
+    held.recv().unwrap().cut();
+    let sent = send.end();
     Broken {
         place,
         guest,
@@ -183,10 +184,14 @@ fn an_agent_killed_after_the_guest_was_let_go_of_leaves_it_in_doubt() {
     let guest = Guest::start(&place, &[]);
     let mut receive = Receive::start(&place, "there", &["--resume"]);
     let (line, socket) = (place.path("line"), place.path("there.socket"));
-    let held = hold(&line, socket, GO);
+    let point = Point {
+        kind: GO,
+        part: Part::Nothing,
+    };
+    let held = hold(&line, socket, point);
     let send = guest.send(&format!("unix:{}", line.display()), &[]);
     // GO was sent and is held on the line: the guest has been let go of, and runs nowhere.
-    let release = held.recv().unwrap();
+    let held = held.recv().unwrap();
     let stopped = guest.ram();
     send.signal(Signal::KILL);
     send.end();
@@ -194,7 +199,7 @@ fn an_agent_killed_after_the_guest_was_let_go_of_leaves_it_in_doubt() {
     nobody.failed("in-doubt", "nobody");
     assert_same(&stopped, &receive.ram());
     assert_same(&stopped, &guest.ram());
-    release.send(()).unwrap();
+    held.release();
     let asked = until("the destination has decided", || {
         let asked = guest.send(&receive.address, &[]).end();
         (asked.json()["status"] != "in-doubt").then_some(asked)

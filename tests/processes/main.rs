@@ -10,4 +10,5 @@ mod demo;
 mod failures;
 mod harness;
 mod hops;
+mod kills;
 mod proxy;

@@ -1,11 +1,11 @@
-//! A line that breaks where it is told to.
+//! A line that stands still where it is told to, and goes on or breaks.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex};
 
 /// Bytes of a frame's header, and where its kind and its two lengths stand.
 const HEADER: usize = 28;
@@ -16,6 +16,7 @@ const LENGTHS: usize = 16;
 pub const HELLO: u8 = 1;
 pub const LAYOUT: u8 = 2;
 pub const PAGES: u8 = 3;
+pub const SYNC: u8 = 5;
 pub const STATE: u8 = 6;
 pub const GO: u8 = 7;
 pub const WELCOME: u8 = 65;
@@ -23,7 +24,7 @@ pub const APPLIED: u8 = 66;
 pub const READY: u8 = 67;
 pub const RUNNING: u8 = 68;
 
-/// How much of a frame gets through before the line breaks.
+/// How much of a frame gets through.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
     Nothing,
@@ -31,41 +32,89 @@ pub enum Part {
     All,
 }
 
-/// The line breaks at the first frame of a kind.
+/// Where a line stands still: at the first frame of a kind, when a part of it has got through.
 #[derive(Clone, Copy, Debug)]
-pub struct Cut {
+pub struct Point {
     pub kind: u8,
     pub part: Part,
 }
 
-/// Forwards one connection. Joined, it tells whether the cut was reached.
-pub fn proxy(at: &Path, to: PathBuf, cut: Cut) -> JoinHandle<bool> {
+/// A line that stands still, both ways. Dropped, it breaks.
+pub struct Held(Sender<()>);
+
+impl Held {
+    /// The line goes on as if nothing had been.
+    pub fn release(self) {
+        self.0.send(()).unwrap();
+    }
+
+    /// The line breaks, both ways.
+    pub fn cut(self) {}
+}
+
+/// Forwards one connection, and holds it at a point, which is told here.
+pub fn hold(at: &Path, to: PathBuf, point: Point) -> Receiver<Held> {
     let listener = UnixListener::bind(at).unwrap();
+    let (says, held) = channel();
     std::thread::spawn(move || {
         let (near, _) = listener.accept().unwrap();
         let far = UnixStream::connect(to).unwrap();
-        let ends = [near.try_clone().unwrap(), far.try_clone().unwrap()];
-        let (back_from, back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-        let back = std::thread::spawn(move || forward(back_from, back_to, cut));
-        let reached = forward(near, far, cut);
-        let reached = back.join().unwrap() || reached;
-        for end in ends {
-            let _ = end.shutdown(Shutdown::Both);
+        // Held while a frame is written, and for as long as the line stands still.
+        let moving = Arc::new(Mutex::new(()));
+        for (from, to) in [(&near, &far), (&far, &near)] {
+            let line = Direction {
+                from: from.try_clone().unwrap(),
+                to: to.try_clone().unwrap(),
+                moving: Arc::clone(&moving),
+                point,
+                says: says.clone(),
+            };
+            std::thread::spawn(move || line.carry());
         }
-        reached
-    })
+    });
+    held
 }
 
-/// Copies whole frames; at the cut both directions end.
-fn forward(mut from: UnixStream, mut to: UnixStream, cut: Cut) -> bool {
-    let reached = frames(&mut from, &mut to, cut).unwrap_or(false);
-    if reached {
-        let _ = from.shutdown(Shutdown::Both);
-        let _ = to.shutdown(Shutdown::Both);
-    } else {
-        let _ = to.shutdown(Shutdown::Write);
+/// One direction of a line.
+struct Direction {
+    from: UnixStream,
+    to: UnixStream,
+    moving: Arc<Mutex<()>>,
+    point: Point,
+    says: Sender<Held>,
+}
+
+impl Direction {
+    /// Copies whole frames until the stream ends or the line breaks.
+    fn carry(mut self) {
+        while let Ok(frame) = frame(&mut self.from) {
+            let moving = self.moving.lock().unwrap();
+            let mut left = &frame[..];
+            if frame[KIND] == self.point.kind {
+                let through = match self.point.part {
+                    Part::Nothing => 0,
+                    Part::Half => frame.len() / 2,
+                    Part::All => frame.len(),
+                };
+                let _ = self.to.write_all(&frame[..through]);
+                left = &frame[through..];
+                let (release, released) = channel();
+                // An error: the line stood still before and has been released.
+                if self.says.send(Held(release)).is_ok() && released.recv().is_err() {
+                    // First, so that nothing gets through any more when the other direction moves.
+                    let _ = self.to.shutdown(Shutdown::Both);
+                    let _ = self.from.shutdown(Shutdown::Both);
+                    return;
+                }
+            }
+            let sent = self.to.write_all(left);
+            drop(moving);
+            if sent.is_err() {
+                break;
+            }
+        }
+        let _ = self.to.shutdown(Shutdown::Write);
     }
-    reached
 }
 
 /// The next frame, all of it.
@@ -77,46 +126,4 @@ fn frame(from: &mut UnixStream) -> io::Result<Vec<u8>> {
     frame.resize(HEADER + rest, 0);
     from.read_exact(&mut frame[HEADER..])?;
     Ok(frame)
-}
-
-fn frames(from: &mut UnixStream, to: &mut UnixStream, cut: Cut) -> io::Result<bool> {
-    loop {
-        let frame = frame(from)?;
-        let here = frame[KIND] == cut.kind;
-        let through = match cut.part {
-            _ if !here => frame.len(),
-            Part::Nothing => 0,
-            Part::Half => frame.len() / 2,
-            Part::All => frame.len(),
-        };
-        if here {
-            // First, so that no answer to what gets through gets back.
-            let _ = from.shutdown(Shutdown::Both);
-        }
-        to.write_all(&frame[..through])?;
-        if here {
-            return Ok(true);
-        }
-    }
-}
-
-/// Forwards one connection, and holds the first frame of a kind until it is released by what is received here.
-pub fn hold(at: &Path, to: PathBuf, kind: u8) -> Receiver<Sender<()>> {
-    let listener = UnixListener::bind(at).unwrap();
-    let (says, held) = channel();
-    std::thread::spawn(move || {
-        let (mut near, _) = listener.accept().unwrap();
-        let mut far = UnixStream::connect(to).unwrap();
-        let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-        std::thread::spawn(move || io::copy(&mut back_from, &mut back_to));
-        while let Ok(frame) = frame(&mut near) {
-            if frame[KIND] == kind {
-                let (release, released) = channel();
-                says.send(release).unwrap();
-                released.recv().unwrap();
-            }
-            far.write_all(&frame).unwrap();
-        }
-    });
-    held
 }
