@@ -70,12 +70,14 @@ impl IncomingMachine {
         self
     }
 
-    /// The machine that runs here now, if one does.
+    /// The machine that runs here now, if one does. It has the blocks then: one that is plugged out gives its memory back.
     pub fn take_machine(&mut self) -> Option<Machine> {
-        self.machine.take()
+        let machine = self.machine.take()?;
+        self.blocks.clear();
+        Some(machine)
     }
 
-    /// The blocks that arrived, by name.
+    /// The blocks that arrived, by name, until the machine is taken.
     #[must_use]
     pub fn blocks(&self) -> BTreeMap<String, Block> {
         let named = self
