@@ -1,7 +1,7 @@
 //! Processes of the binary, and what can be seen of them from outside.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -151,6 +151,10 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).unwrap();
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn runs(&mut self) -> bool {
@@ -345,6 +349,11 @@ pub fn assert_same(here: &[u8], there: &[u8]) {
         .map(|(page, _)| page)
         .collect();
     assert!(differing.is_empty(), "pages differ: {differing:?}");
+}
+
+/// Said even when the test passes.
+pub fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// That an object has keys.

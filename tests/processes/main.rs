@@ -12,3 +12,4 @@ mod harness;
 mod hops;
 mod kills;
 mod proxy;
+mod soak;
