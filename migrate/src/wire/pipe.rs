@@ -57,7 +57,7 @@ fn pump(
                 io::ErrorKind::ConnectionReset
                 | io::ErrorKind::BrokenPipe
                 | io::ErrorKind::ConnectionAborted => return Err(Error::Closed { during }),
-                _ => return Err(Error::io(during, e)),
+                _ => return Err(Error::io(format!("go on {during}"), e)),
             },
         }
     }
