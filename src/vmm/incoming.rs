@@ -1,11 +1,15 @@
 //! The destination's side: memory for the blocks that arrive, and the machine that goes on running on it.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Layout, PAGE_SIZE};
 use gleaner_migrate::{Destination, Error as MigrateError, Memory, Result};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use vm_memory::GuestAddress;
 
 use super::guest::{MemoryMap, VcpuState};
@@ -103,6 +107,7 @@ impl IncomingMachine {
         file.set_len(0)
             .and_then(|()| file.set_len(bytes))
             .map_err(fail)?;
+        reserve(&file, bytes).map_err(fail)?;
         Ok(Block::file(&info.name, file, bytes)?)
     }
 
@@ -153,6 +158,19 @@ impl IncomingMachine {
         Machine::assemble(parts, state.device, |vcpu, index| {
             vcpus[index].restore(vcpu)
         })
+    }
+}
+
+/// Takes the room of a file on its disk now: a guest that has come must not be killed, at the first write to a page that the
+/// disk has no room for, when the source has long let go of it.
+fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    loop {
+        match fallocate(file, FallocateFlags::empty(), 0, bytes) {
+            Err(Errno::INTR) => {}
+            // A file system that can't promise room.
+            Ok(()) | Err(Errno::OPNOTSUPP) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
