@@ -1,0 +1,97 @@
+//! A disk that is full: the guest runs on, the reason is said, and the next migration arrives whole.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::common::kvm;
+use crate::harness::*;
+
+/// A file system with less room than the guest has memory.
+struct Tiny(PathBuf);
+
+impl Tiny {
+    /// Mounted in `place`. `None`, and one visible line, where that is not allowed.
+    fn mount(place: &Place) -> Option<Self> {
+        let at = place.path("tiny");
+        std::fs::create_dir(&at).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=2M,mode=700", "none"]);
+        match mount.arg(&at).output() {
+            Ok(done) if done.status.success() => return Some(Self(at)),
+            Ok(done) => say(&format!("skipped: a full disk: {}", text(&done.stderr))),
+            Err(error) => say(&format!("skipped: a full disk: mount: {error}")),
+        }
+        None
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Tiny {
+    fn drop(&mut self) {
+        // Lazily: a process that has just been killed may still have a file open there.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim().to_owned()
+}
+
+#[test]
+fn a_file_that_finds_no_room() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let Some(tiny) = Tiny::mount(&place) else {
+        return;
+    };
+    let mut guest = Guest::start(&place, &[]);
+    let to = format!("file:{}", tiny.path().join("guest").display());
+    let sent = guest.send(&to, &[]).end();
+    let report = sent.failed("failed", "can't go on writing to the stream: No space left");
+    assert_keys(&report, &SEND);
+    guest.assert_runs();
+    // What was written is no guest.
+    let dir = place.arg("there");
+    run(&["receive", "--json", "--listen", &to, "--ram-dir", &dir]).status("failed", 1);
+    guest.assert_migrates(&place);
+}
+
+#[test]
+fn a_file_that_takes_nothing() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let mut guest = Guest::start(&place, &[]);
+    let sent = guest.send("file:/dev/full", &[]).end();
+    sent.failed("failed", "No space left");
+    guest.assert_runs();
+    guest.assert_migrates(&place);
+}
+
+#[test]
+fn a_destination_whose_memory_finds_no_room() {
+    if !kvm() {
+        return;
+    }
+    for more in [&[][..], &["--resume"]] {
+        let place = Place::new();
+        let Some(_tiny) = Tiny::mount(&place) else {
+            return;
+        };
+        let mut guest = Guest::start(&place, &[]);
+        let mut receive = Receive::start(&place, "tiny", more);
+        let sent = guest.send(&receive.address, &[]).end();
+        let received = receive.wait_end();
+        let reason = received.failed("failed", "ram.ram: No space left");
+        let report = sent.failed("failed", "No space left");
+        assert_eq!(report["reason"], reason["reason"]);
+        guest.assert_runs();
+        guest.assert_migrates(&place);
+    }
+}
