@@ -69,8 +69,6 @@ pub use gleaner_bitmap::{
 pub use gleaner_migrate as migrate;
 pub use gleaner_ring::{Capabilities, Mode, Tracking, model};
 pub use source::{Hooks, LocalSource};
-#[cfg(feature = "mutants")]
-pub use tracker::Fault;
 pub use tracker::{
     Blackout, Consumer, Leased, StoppedGuest, Tracker, TrackerBuilder, Transaction,
     TransactionReport,

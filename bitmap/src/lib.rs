@@ -22,6 +22,8 @@ mod block;
 mod error;
 mod layout;
 mod lease;
+#[doc(hidden)]
+pub mod mutant;
 mod page;
 mod page_bitmap;
 mod remap;

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::mutant::{self, Mutant};
 use crate::{
     BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Runs, Slot, SlotKey,
 };
@@ -212,18 +213,9 @@ pub struct HarvestReport {
 #[derive(Debug, Default)]
 pub struct Harvester {
     staged: Collected,
-    #[cfg(feature = "mutants")]
-    late: bool,
 }
 
 impl Harvester {
-    /// Plants a bug, for the project's own tests: what a harvest collects is published at once and re-armed only when
-    /// the next one begins.
-    #[cfg(feature = "mutants")]
-    pub const fn rearm_late(&mut self, late: bool) {
-        self.late = late;
-    }
-
     /// Makes room for a block. Bits of blocks it was not told of are refused.
     pub fn add_block(&mut self, block: BlockId, pages: u64) {
         self.staged
@@ -276,8 +268,7 @@ impl Harvester {
         scope: Scope<'_>,
     ) -> Result<()> {
         let mut sources: Vec<_> = sources.into_iter().collect();
-        #[cfg(feature = "mutants")]
-        if self.late {
+        if mutant::is_planted(Mutant::RearmLate) {
             for source in &mut sources {
                 // The slots may be gone by now; the bug is not to stop the guest, only to lose its pages.
                 drop(source.rearm());

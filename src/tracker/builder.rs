@@ -115,7 +115,6 @@ impl TrackerBuilder {
             pool: self.pool,
             reaper: Arc::new(Reaper::default()),
             transactions: AtomicU64::new(0),
-            planted: super::fault::Planted::default(),
             state: Mutex::new(State {
                 layout: Arc::new(Layout::empty(capabilities.slot_limit)),
                 blocks: BTreeMap::new(),

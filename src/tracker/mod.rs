@@ -5,7 +5,6 @@
 
 mod builder;
 mod consumer;
-mod fault;
 mod harvest;
 mod logging;
 mod plan;
@@ -25,8 +24,6 @@ use gleaner_ring::{BitmapSource, Capabilities, Kvm, Mode, RingSource, Vcpu};
 
 pub use builder::TrackerBuilder;
 pub use consumer::{Consumer, Leased};
-#[cfg(feature = "mutants")]
-pub use fault::Fault;
 pub use report::{Blackout, TransactionReport};
 pub use transaction::Transaction;
 
@@ -70,7 +67,6 @@ struct Shared {
     pool: Option<Arc<rayon::ThreadPool>>,
     reaper: Arc<Reaper>,
     transactions: AtomicU64,
-    planted: fault::Planted,
     state: Mutex<State>,
 }
 
@@ -121,14 +117,6 @@ impl Tracker {
     /// Transactions committed so far.
     pub fn transactions(&self) -> u64 {
         self.0.transactions.load(Ordering::Relaxed)
-    }
-
-    /// Plants a bug, or takes it out again, for the project's own tests.
-    #[cfg(feature = "mutants")]
-    pub fn plant(&self, fault: Option<Fault>) {
-        let mut state = self.0.lock();
-        self.0.planted.set(fault);
-        state.harvester.rearm_late(fault == Some(Fault::RearmLate));
     }
 
     /// The gate that vCPU threads pass.

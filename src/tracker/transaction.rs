@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{
     BlockId, Extent, Layout, LayoutEditor, PAGE_SIZE, PageRange, RemapPlan, Remapped, Scope, Slot,
     SlotKey,
@@ -11,7 +12,7 @@ use gleaner_bitmap::{
 use gleaner_ring::{Kvm, MemslotCall, Region};
 use vm_memory::GuestAddress;
 
-use super::{Blackout, Shared, State, TransactionReport, fault::Fault, plan::plan};
+use super::{Blackout, Shared, State, TransactionReport, plan::plan};
 use crate::gate::Closed;
 use crate::{Block, Error, Result};
 
@@ -255,13 +256,13 @@ impl Shared {
             list_swaps: calls.iter().map(MemslotCall::list_swaps).sum(),
             ..TransactionReport::default()
         };
-        let left_out = self.planted.is(Fault::HarvestLeftOut);
+        let left_out = mutant::is_planted(Mutant::HarvestLeftOut);
         if state.logging && !going.is_empty() && !left_out {
             report.harvested += self.harvest_ahead(state, Scope::Slots(&going))?.pages;
         }
         // 2. to 5.: the guest stands still.
         let start = Instant::now();
-        let closed = if self.planted.is(Fault::GateOpen) {
+        let closed = if mutant::is_planted(Mutant::GateOpen) {
             self.gate.pretend_closed()
         } else {
             self.gate.close()?
@@ -372,7 +373,7 @@ impl Shared {
         blackout: &mut Blackout,
     ) -> Result<u64> {
         let start = Instant::now();
-        let harvested = if self.planted.is(Fault::HarvestLeftOut) {
+        let harvested = if mutant::is_planted(Mutant::HarvestLeftOut) {
             0
         } else {
             self.harvest_closed(state, Scope::Slots(going), closed)?

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use gleaner::gate::Turn;
 use gleaner::vmm::guest::{Guest, HOME, MemoryMap, Workload, emulate_read, emulate_write};
-use gleaner::{Block, PAGE_SIZE, Tracker, TrackerBuilder, Tracking};
+use gleaner::{Block, PAGE_SIZE, PageRange, Tracker, TrackerBuilder, Tracking};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
@@ -40,6 +40,33 @@ impl Shared {
         (0..self.exits.len())
             .map(|index| memory.read_obj((2 << 20) + index * 4096).unwrap())
             .collect()
+    }
+
+    /// Pages of the home region, which only vCPUs write.
+    pub fn home(&self) -> Vec<u8> {
+        let memory = self.ram.memory().as_volatile_slice();
+        let mut bytes = vec![0; 6 << 20];
+        memory.read_slice(&mut bytes, 2 << 20).unwrap();
+        bytes
+    }
+
+    /// Whether memory changes by itself while a transaction is inside. Home stays mapped: else exit handlers would write
+    /// it, which are not the gate's to keep.
+    pub fn changes_inside(&self) -> bool {
+        let mut changed = false;
+        let mut tx = self.tracker.transaction();
+        if self.tracker.layout().slot(2.into()).is_none() {
+            let alias = self.ram.extent(PageRange::new(600, 333));
+            tx.create(2, GuestAddress(HOME + (8 << 30)), alias);
+        } else {
+            tx.delete(2);
+        }
+        tx.commit_with(|_| {
+            let before = self.home();
+            changed = self.home() != before;
+        })
+        .unwrap();
+        changed
     }
 
     /// Waits until every vCPU has run since.

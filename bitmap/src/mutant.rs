@@ -1,0 +1,66 @@
+//! Bugs to plant, for the project's own tests: a test that never fails shows nothing.
+//!
+//! They are planted in the whole process, one at a time, and only with the feature `mutants`; without it there is none, and
+//! asking costs nothing. Bugs of kernels are the model's, not these.
+
+#[cfg(feature = "mutants")]
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU8, Ordering},
+};
+
+/// A bug that a test plants, to see that it is found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Mutant {
+    /// Transactions don't close the gate: vCPUs run while slots change.
+    GateOpen = 1,
+    /// Transactions harvest nothing, neither before nor inside: a slot is gone before its log was read.
+    HarvestLeftOut,
+    /// Harvests publish first, and re-arm what they published when the next harvest begins. Plain bitmaps can't have this
+    /// bug: fetching is re-arming.
+    RearmLate,
+}
+
+#[cfg(feature = "mutants")]
+static PLANTED: AtomicU8 = AtomicU8::new(0);
+#[cfg(feature = "mutants")]
+static FIELD: Mutex<()> = Mutex::new(());
+
+/// Whether the bug is planted. Every spot where one can be asks this.
+#[cfg(feature = "mutants")]
+#[must_use]
+pub fn is_planted(mutant: Mutant) -> bool {
+    PLANTED.load(Ordering::SeqCst) == mutant as u8
+}
+
+/// Whether the bug is planted: never.
+#[cfg(not(feature = "mutants"))]
+#[must_use]
+pub const fn is_planted(_: Mutant) -> bool {
+    false
+}
+
+/// A bug is planted, or it is sure that there is none, until this is dropped.
+#[cfg(feature = "mutants")]
+#[derive(Debug)]
+#[must_use = "the bug is there only while it lives"]
+pub struct Planted {
+    _field: MutexGuard<'static, ()>,
+}
+
+/// Plants a bug in the whole process, or makes sure that none is there; waits for whoever has planted before. Tests of one
+/// binary run at the same time: where one plants, all have to come here.
+#[cfg(feature = "mutants")]
+pub fn plant(mutant: impl Into<Option<Mutant>>) -> Planted {
+    let field = FIELD.lock().unwrap_or_else(PoisonError::into_inner);
+    PLANTED.store(mutant.into().map_or(0, |m| m as u8), Ordering::SeqCst);
+    Planted { _field: field }
+}
+
+#[cfg(feature = "mutants")]
+impl Drop for Planted {
+    fn drop(&mut self) {
+        PLANTED.store(0, Ordering::SeqCst);
+    }
+}
