@@ -21,7 +21,8 @@ use gleaner::migrate::{
 use gleaner::vmm::churn::{ChurnConfig, Kind};
 use gleaner::vmm::guest::Workload;
 use gleaner::vmm::{IncomingMachine, Machine, MachineConfig};
-use gleaner::{Block, Fault, LocalSource, PAGE_SIZE, Tracker, Tracking};
+use gleaner::{Block, LocalSource, PAGE_SIZE, Tracker, Tracking};
+use gleaner_bitmap::mutant::{self, Mutant};
 
 /// Bytes of the guest's RAM.
 const RAM: u64 = 8 << 20;
@@ -212,10 +213,10 @@ fn a_harvest_left_out_is_found() {
         return;
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _planted = mutant::plant(Mutant::HarvestLeftOut);
     for (name, tracking) in &MODES[..2] {
         let mut machine = start(*tracking, Workload::Random, 5);
         let found = (1..=200).find(|_| {
-            machine.tracker().plant(Some(Fault::HarvestLeftOut));
             let (report, arrived, _) = hop(&machine, *tracking);
             match arrived {
                 Some(arrived) => machine = arrived,

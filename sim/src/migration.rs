@@ -87,6 +87,7 @@ impl Plan {
                         1 => Cut::Half,
                         _ => Cut::After,
                     },
+                    silent: random.one_in(4),
                 });
             }
             _ => {}
