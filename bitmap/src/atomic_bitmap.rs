@@ -1,9 +1,10 @@
 //! Bits that any number of threads set while another one takes them.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::bits::masked_words;
+use crate::primitive::AtomicU64;
 use crate::{PageRange, Result};
 
 /// Words in a chunk: 4 KiB of bits, 128 MiB of guest memory.
@@ -92,5 +93,18 @@ impl AtomicBitmap {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(loom)]
+impl AtomicBitmap {
+    /// Plants a bug, for the loom test: tests the bit before it sets it.
+    pub(crate) fn set_range_load_first(&self, range: PageRange) {
+        masked_words(range.first, range.pages, |i, mask| {
+            let word = self.word(i);
+            if word.load(Ordering::Acquire) & mask != mask {
+                word.fetch_or(mask, Ordering::Release);
+            }
+        });
     }
 }

@@ -26,6 +26,7 @@ mod lease;
 pub mod mutant;
 mod page;
 mod page_bitmap;
+mod primitive;
 mod remap;
 mod runs;
 mod slot;

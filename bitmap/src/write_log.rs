@@ -128,6 +128,16 @@ impl WriteLog {
     }
 }
 
+#[cfg(loom)]
+impl WriteLog {
+    /// Plants a bug, for the loom test: marks only what is not marked yet.
+    pub fn mark_dirty_load_first(&self, offset: u64, len: u64) {
+        if let Some(range) = self.log.touched(self.window, offset, len) {
+            self.log.marks.set_range_load_first(range);
+        }
+    }
+}
+
 impl fmt::Debug for WriteLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WriteLog")

@@ -1,0 +1,135 @@
+//! The VMM marks what it wrote while a harvest takes the marks: in every order that the memory model allows, the last
+//! contents of a page are copied. Threads, atomics and the memory model are loom's:
+//!
+//! ```sh
+//! RUSTFLAGS="--cfg loom" cargo test --release -p gleaner-bitmap --test loom_write_log --target-dir target/loom
+//! ```
+//!
+//! Bounds: a log of one word; one writer of one page, or two writers of two pages in the same word; each writes once over
+//! what was written and marked before; a harvest runs meanwhile, and one after the writers have stopped. Within them every
+//! execution is tried, preemptions unlimited. Page contents are relaxed atomics, so only the mark orders them. Stale loads
+//! are what store-load reordering looks like to another thread, and loom has them; it does not see how a log's chunk comes
+//! into being, so the first mark is set before the threads start.
+#![cfg(loom)]
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64 as Counter, Ordering};
+
+use gleaner_bitmap::{
+    BlockId, Consumer, DirtySource, DirtyStore, Harvester, Layout, PAGE_SIZE, Scope, Start,
+    WriteLog,
+};
+use loom::sync::atomic::AtomicU64;
+use vm_memory::bitmap::Bitmap;
+
+const BLOCK: BlockId = BlockId(0);
+const PAGES: usize = 2;
+
+/// How a writer writes `value` to `page`.
+type Write = fn(&WriteLog, &[AtomicU64; PAGES], page: usize, value: u64);
+
+fn mark_after(log: &WriteLog, memory: &[AtomicU64; PAGES], page: usize, value: u64) {
+    memory[page].store(value, Ordering::Relaxed);
+    log.mark_dirty(page * 4096, 1);
+}
+
+fn mark_before(log: &WriteLog, memory: &[AtomicU64; PAGES], page: usize, value: u64) {
+    log.mark_dirty(page * 4096, 1);
+    memory[page].store(value, Ordering::Relaxed);
+}
+
+fn load_first(log: &WriteLog, memory: &[AtomicU64; PAGES], page: usize, value: u64) {
+    memory[page].store(value, Ordering::Relaxed);
+    log.mark_dirty_load_first(page as u64 * PAGE_SIZE, 1);
+}
+
+/// The source side of a migration, and the destination's memory.
+struct Migration {
+    store: Arc<DirtyStore>,
+    harvester: Harvester,
+    sender: Consumer,
+    copy: [u64; PAGES],
+}
+
+impl Migration {
+    fn new() -> Self {
+        let store = Arc::new(DirtyStore::default());
+        let mut harvester = Harvester::default();
+        store.add_block(BLOCK, PAGES as u64);
+        harvester.add_block(BLOCK, PAGES as u64);
+        Self {
+            sender: store.consumer(Start::Empty),
+            store,
+            harvester,
+            copy: [0; PAGES],
+        }
+    }
+
+    fn round(&mut self, log: &WriteLog, memory: &[AtomicU64; PAGES]) {
+        let mut source = log.clone();
+        let sources = [&mut source as &mut dyn DirtySource];
+        let layout = Layout::empty(1);
+        self.harvester
+            .harvest(sources, &layout, Scope::All, &self.store)
+            .unwrap();
+        let Some(lease) = self.sender.lease(u64::MAX) else {
+            return;
+        };
+        for range in lease.extents().iter().map(|extent| extent.range) {
+            for page in range.first..range.end() {
+                let page = usize::try_from(page).unwrap();
+                self.copy[page] = memory[page].load(Ordering::Relaxed);
+            }
+        }
+        lease.ack();
+    }
+}
+
+/// Executions with `writers` writers after which the copy differs from the memory.
+fn losses(write: Write, writers: usize) -> u64 {
+    let losses = Arc::new(Counter::new(0));
+    let lost = Arc::clone(&losses);
+    loom::model(move || {
+        let memory = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let log = WriteLog::new(BLOCK, PAGES as u64);
+        // Written and marked before: the bit that a writer must not trust.
+        (0..writers).for_each(|page| mark_after(&log, &memory, page, 1));
+        let threads: Vec<_> = (0..writers)
+            .map(|page| {
+                let (memory, log) = (Arc::clone(&memory), log.clone());
+                loom::thread::spawn(move || write(&log, &memory, page, 2))
+            })
+            .collect();
+        let mut migration = Migration::new();
+        migration.round(&log, &memory);
+        threads
+            .into_iter()
+            .for_each(|thread| thread.join().unwrap());
+        migration.round(&log, &memory);
+        if migration.copy[..writers].iter().any(|&page| page != 2) {
+            lost.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    losses.load(Ordering::Relaxed)
+}
+
+#[test]
+fn no_write_is_lost_between_mark_and_take() {
+    assert_eq!(losses(mark_after, 1), 0);
+}
+
+#[test]
+fn writers_of_one_word_lose_nothing_of_each_other() {
+    assert_eq!(losses(mark_after, 2), 0);
+}
+
+#[test]
+fn a_mark_that_tests_the_bit_first_loses_writes() {
+    assert_ne!(losses(load_first, 1), 0);
+}
+
+#[test]
+fn a_mark_before_its_write_loses_writes() {
+    assert_ne!(losses(mark_before, 1), 0);
+}
