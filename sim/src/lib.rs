@@ -9,6 +9,7 @@
 //! ```
 
 pub mod actors;
+pub mod broken;
 mod changes;
 pub mod copy;
 pub mod ends;
