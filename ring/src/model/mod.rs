@@ -27,6 +27,7 @@ mod state;
 mod vcpu;
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gleaner_bitmap::{PAGE_SIZE, PageRange, SlotKey};
@@ -80,6 +81,9 @@ pub enum Bug {
 #[derive(Clone)]
 pub struct ModelKvm {
     state: Arc<Mutex<State>>,
+    /// How many want the state and are not vCPUs. A mutex keeps no order: vCPUs, which always come back at once, would keep
+    /// everybody else out, so they let these pass.
+    waiting: Arc<AtomicUsize>,
     schedule: Arc<Mutex<Option<Box<dyn Schedule>>>>,
 }
 
@@ -99,12 +103,28 @@ impl ModelKvm {
     pub fn new(config: ModelConfig) -> Self {
         Self {
             state: Arc::new(Mutex::new(State::new(config))),
+            waiting: Arc::default(),
             schedule: Arc::default(),
         }
     }
 
     /// The virtual machine. Calls wait for as long as this is held.
     pub fn state(&self) -> MutexGuard<'_, State> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let state = self.lock();
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        state
+    }
+
+    /// The virtual machine for a vCPU's turn.
+    fn turn(&self) -> MutexGuard<'_, State> {
+        while self.waiting.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -132,7 +132,7 @@ impl<P: Program> Vcpu for ModelVcpu<P> {
             if self.leave.load(Ordering::SeqCst) {
                 return Entered::Interrupted;
             }
-            let mut state = self.step.kvm.state();
+            let mut state = self.step.kvm.turn();
             if !state.enter(vcpu) {
                 return Entered::RingFull;
             }
@@ -219,5 +219,50 @@ impl Vcpu for StepVcpu {
     /// No thread may run it.
     fn enter(&mut self) -> Entered<ModelExit> {
         Entered::Failed(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+    use crate::model::ModelConfig;
+
+    /// Leaves at once, and tells whether it was to run.
+    struct Leaves(Arc<AtomicBool>);
+
+    impl Program for Leaves {
+        fn step(&mut self, _vcpu: usize, _state: &mut State) -> Option<ModelExit> {
+            let value = u32::from(self.0.load(Ordering::SeqCst));
+            Some(ModelExit::Out { port: 0, value })
+        }
+
+        fn loaded(&mut self, _value: u64) {}
+    }
+
+    #[test]
+    fn no_vcpu_takes_a_turn_while_somebody_waits_for_the_state() {
+        let kvm = ModelKvm::new(ModelConfig::default());
+        let may_run = Arc::new(AtomicBool::new(false));
+        let mut vcpu = kvm.vcpu(Leaves(Arc::clone(&may_run))).expect("no ring");
+        kvm.waiting.fetch_add(1, Ordering::SeqCst);
+        let barrier = Barrier::new(2);
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                barrier.wait();
+                let left = vcpu.enter();
+                let told = matches!(left, Entered::Exit(ModelExit::Out { value: 1, .. }));
+                assert!(told, "it ran while somebody waited: {left:?}");
+            });
+            barrier.wait();
+            // Time enough to do it wrong.
+            for _ in 0..10_000 {
+                std::thread::yield_now();
+            }
+            may_run.store(true, Ordering::SeqCst);
+            kvm.waiting.fetch_sub(1, Ordering::SeqCst);
+            vcpu.join().expect("it ran in time");
+        });
     }
 }
