@@ -20,7 +20,7 @@ use gleaner::migrate::{
 };
 use gleaner::vmm::churn::{ChurnConfig, Kind};
 use gleaner::vmm::guest::Workload;
-use gleaner::vmm::{IncomingMachine, Machine, MachineConfig};
+use gleaner::vmm::{Backend, IncomingMachine, Machine, MachineConfig};
 use gleaner::{Block, LocalSource, PAGE_SIZE, Tracker, Tracking};
 use gleaner_bitmap::mutant::{self, Mutant};
 
@@ -92,7 +92,7 @@ fn hop(source: &Machine, tracking: Tracking) -> (Report, Option<Machine>, u64) {
     let (told, compared) = channel();
     let tracker = source.tracker().clone();
     let mut destination = IncomingMachine::new()
-        .resume(tracking)
+        .resume(Backend::Kvm, tracking)
         .on_complete(Box::new(move |arrived| {
             let pages = compare(&tracker, arrived)?;
             told.send(pages).map_err(|e| e.to_string())
@@ -118,6 +118,7 @@ fn hop(source: &Machine, tracking: Tracking) -> (Report, Option<Machine>, u64) {
 
 fn start(tracking: Tracking, workload: Workload, seed: u64) -> Machine {
     let config = MachineConfig {
+        backend: Backend::Kvm,
         ram: RAM,
         vcpus: 2,
         ram_file: None,

@@ -22,7 +22,7 @@ use super::output::Output;
 use super::send::{exit_code, summary};
 use super::units::Churn;
 use crate::service::{Attach, Service, ServiceClient};
-use crate::vmm::churn::{ChurnCounts, Kind};
+use crate::vmm::churn::Kind;
 use crate::vmm::{IncomingMachine, Machine};
 use crate::{Block, PAGE_SIZE, Tracker};
 
@@ -72,16 +72,17 @@ impl Demo {
             .map_err(output.failure())?;
         machine.start();
         eprintln!(
-            "gleaner: guest of {} MiB with {} vCPUs, workload {}, {} tracking",
+            "gleaner: guest of {} MiB with {} vCPUs on {}, workload {}, {} tracking",
             self.guest.ram >> 20,
             self.guest.vcpus,
+            machine.backend(),
             self.guest.workload,
             tracker.mode()
         );
 
         let comparison = Arc::new(Mutex::new(Comparison::default()));
         let mut destination = IncomingMachine::new()
-            .resume(self.guest.tracking)
+            .resume(machine.backend(), self.guest.tracking)
             .on_complete(compare_all(&tracker, &comparison));
         let address = Address::Unix(dir.path().join("stream"));
         let listener = Listener::bind(&address).map_err(output.failure())?;
@@ -119,9 +120,8 @@ impl Demo {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        let counts = machine.churn_counts();
         drop(service);
-        self.tell(output, &report, &comparison, &counts, &check, &tracker);
+        self.tell(output, &report, &comparison, &check, &machine);
         let good = comparison.differing == 0 && check == "ok" && report.status == Status::Completed;
         if report.status != Status::Completed {
             return Ok(exit_code(&report));
@@ -165,10 +165,10 @@ impl Demo {
         output: Output,
         report: &Report,
         comparison: &Comparison,
-        counts: &ChurnCounts,
         check: &str,
-        tracker: &Tracker,
+        machine: &Machine,
     ) {
+        let (counts, mode) = (machine.churn_counts(), machine.tracker().mode());
         // The comparison happens while the guest stands still, and is no part of a migration.
         let downtime_ms = (report.downtime_ms - comparison.took.as_secs_f64() * 1e3).max(0.0);
         let kinds: BTreeMap<&str, u64> = counts.kinds.iter().map(|(k, n)| (k.name(), *n)).collect();
@@ -195,8 +195,8 @@ impl Demo {
             "transactions_while_migrating": report.transactions,
             "guest_check": check,
             "downtime_ms": downtime_ms,
-            "tracking": tracker.mode().name(),
-            "backend": "kvm",
+            "tracking": mode.name(),
+            "backend": machine.backend().name(),
             "rounds": report.rounds,
             "pages_sent": report.pages_sent,
             "zero_pages": report.zero_pages,
@@ -213,8 +213,8 @@ impl Demo {
             let mut lines = vec![
                 summary(report),
                 format!(
-                    "tracking {}, first round {:.2} GB/s",
-                    tracker.mode(),
+                    "tracking {mode} on {}, first round {:.2} GB/s",
+                    machine.backend(),
                     report.first_round_bytes_per_second / 1e9
                 ),
                 format!(

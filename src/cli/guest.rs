@@ -41,7 +41,8 @@ impl Guest {
             Service::serve(machine.tracker(), &self.control, hooks).map_err(output.failure())?;
         machine.start();
         eprintln!(
-            "gleaner: guest runs with {} tracking, service at {}",
+            "gleaner: guest runs on {} with {} tracking, service at {}",
+            machine.backend(),
             machine.tracker().mode(),
             service.path().display()
         );

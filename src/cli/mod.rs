@@ -31,7 +31,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// All of it on one machine: migrates a real guest while its memory slots change, and compares every page.
+    /// All of it on one machine: migrates a guest while its memory slots change, and compares every page.
     Demo(demo::Demo),
     /// Runs a reference guest with the service, for `send` and for trying things out.
     Guest(guest::Guest),

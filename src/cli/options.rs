@@ -8,9 +8,9 @@ use gleaner_migrate::{CancelToken, MigrationId, OnTimeout, SenderOptions};
 
 use super::units;
 use crate::Tracking;
-use crate::vmm::MachineConfig;
 use crate::vmm::churn::{ChurnConfig, Kind};
 use crate::vmm::guest::Workload;
+use crate::vmm::{Backend, MachineConfig};
 
 /// The guest.
 #[derive(Clone, Debug, Args)]
@@ -39,6 +39,9 @@ pub struct GuestOptions {
     /// Kinds of slot transactions: hole, fill, split, merge, move, flags, remap, hotplug. All unless given.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub churn_kinds: Vec<Kind>,
+    /// What runs the guest.
+    #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
+    pub backend: BackendChoice,
     /// Seed of everything random.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -53,6 +56,7 @@ impl GuestOptions {
             self.churn_kinds.clone()
         };
         MachineConfig {
+            backend: self.backend.settle(),
             ram: self.ram,
             vcpus: self.vcpus,
             ram_file: self.ram_file.clone(),
@@ -65,6 +69,34 @@ impl GuestOptions {
                 seed: self.seed,
             }),
             seed: self.seed,
+        }
+    }
+}
+
+/// What is to run the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum BackendChoice {
+    /// KVM where /dev/kvm opens, else the model.
+    Auto,
+    /// KVM.
+    Kvm,
+    /// The model of KVM, in software.
+    Model,
+}
+
+impl BackendChoice {
+    /// Decides, and says so on standard error where it is not KVM for lack of it.
+    pub fn settle(self) -> Backend {
+        match self {
+            Self::Kvm => Backend::Kvm,
+            Self::Model => Backend::Model,
+            Self::Auto => {
+                let (backend, why) = Backend::detect();
+                if let Some(why) = why {
+                    eprintln!("gleaner: {why}: running on {backend} instead");
+                }
+                backend
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ use gleaner_migrate::{
 
 use super::Failure;
 use super::guest::watch;
-use super::options::cancel_on_signal;
+use super::options::{BackendChoice, cancel_on_signal};
 use super::output::Output;
 use crate::Tracking;
 use crate::service::ServiceSocket;
@@ -40,6 +40,9 @@ pub struct Receive {
     /// Run the guest when it has come.
     #[arg(long)]
     pub resume: bool,
+    /// What runs the guest; it has to be what ran it at the source.
+    #[arg(long, value_enum, default_value_t = BackendChoice::Auto, requires = "resume")]
+    pub backend: BackendChoice,
     /// Serve the guest again at this socket, for a second hop.
     #[arg(long, value_name = "PATH", requires = "resume")]
     pub control: Option<PathBuf>,
@@ -59,7 +62,7 @@ impl Receive {
             destination = destination.ram_dir(dir);
         }
         if self.resume {
-            destination = destination.resume(Tracking::Auto);
+            destination = destination.resume(self.backend.settle(), Tracking::Auto);
         }
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;

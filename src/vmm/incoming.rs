@@ -12,7 +12,8 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use vm_memory::GuestAddress;
 
-use super::guest::{MemoryMap, VcpuState};
+use super::backend::Backend;
+use super::guest::MemoryMap;
 use super::machine::{
     Board, Machine, MachineError, MachineState, Parts, RAM, lock_ram_file, open_vm,
 };
@@ -32,7 +33,7 @@ pub struct IncomingMachine {
     blocks: BTreeMap<BlockId, Block>,
     layout: Option<Layout>,
     ram_dir: Option<PathBuf>,
-    resume: Option<Tracking>,
+    resume: Option<(Backend, Tracking)>,
     on_complete: Option<OnComplete>,
     machine: Option<Machine>,
 }
@@ -60,10 +61,10 @@ impl IncomingMachine {
         self
     }
 
-    /// Runs the guest when the source has let go of it, tracked in this way.
+    /// Runs the guest on `backend` when the source has let go of it, tracked in this way.
     #[must_use]
-    pub const fn resume(mut self, tracking: Tracking) -> Self {
-        self.resume = Some(tracking);
+    pub const fn resume(mut self, backend: Backend, tracking: Tracking) -> Self {
+        self.resume = Some((backend, tracking));
         self
     }
 
@@ -115,21 +116,21 @@ impl IncomingMachine {
         &self,
         layout: &Layout,
         state: &[u8],
+        here: Backend,
         tracking: Tracking,
     ) -> std::result::Result<Machine, MachineError> {
         let state = MachineState::from_bytes(state)?;
+        if state.backend != here {
+            let guest = state.backend;
+            return Err(MachineError::OtherBackend { guest, here });
+        }
         let ram = self
             .blocks
             .get(&state.ram.id)
             .filter(|b| b.info().name == RAM)
             .ok_or_else(|| MachineError::State("it names no block \"ram\"".into()))?;
         let map = MemoryMap::new(ram.info().pages * PAGE_SIZE, state.vcpus.len())?;
-        let vcpus: Vec<VcpuState> = state
-            .vcpus
-            .iter()
-            .map(|bytes| VcpuState::from_bytes(bytes))
-            .collect::<std::result::Result<_, _>>()?;
-        let (kvm, vm, tracker) = open_vm(tracking, |builder| builder)?;
+        let (vm, tracker) = open_vm(here, tracking, |builder| builder)?;
         let mut tx = tracker.transaction();
         for block in self.blocks.values() {
             tx.add_block(block);
@@ -145,7 +146,6 @@ impl IncomingMachine {
         }
         tx.commit()?;
         let parts = Arc::new(Parts {
-            kvm,
             vm,
             tracker,
             map,
@@ -156,7 +156,7 @@ impl IncomingMachine {
             churn: state.churn,
         });
         Machine::assemble(parts, state.device, |vcpu, index| {
-            vcpus[index].restore(vcpu)
+            vcpu.restore(&state.vcpus[index])
         })
     }
 }
@@ -213,9 +213,9 @@ impl Destination for IncomingMachine {
                 .collect();
             check(&blocks).map_err(MigrateError::destination)?;
         }
-        if let (Some(tracking), Some(layout)) = (self.resume, &self.layout) {
+        if let (Some((backend, tracking)), Some(layout)) = (self.resume, &self.layout) {
             let machine = self
-                .build(layout, &state, tracking)
+                .build(layout, &state, backend, tracking)
                 .map_err(MigrateError::destination)?;
             self.machine = Some(machine);
         }

@@ -10,12 +10,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gleaner_bitmap::BlockInfo;
-use kvm_ioctls::{Kvm, VmFd};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
 
+use super::backend::{Backend, MachineVcpu, Vm};
 use super::churn::{Churn, ChurnConfig, ChurnCounts};
 use super::device::{Device, DeviceState};
 use super::guest::{CheckResult, Guest, GuestError, HOME, Mailbox, MemoryMap, Workload};
@@ -48,6 +48,17 @@ pub enum MachineError {
     /// A thread can't be started.
     #[error("thread: {0}")]
     Thread(io::Error),
+    /// The guest can't go on here.
+    #[error(
+        "the guest comes from {guest}, this destination runs on {here}: use --backend {}",
+        guest.name()
+    )]
+    OtherBackend {
+        /// What it ran on.
+        guest: Backend,
+        /// What runs guests here.
+        here: Backend,
+    },
     /// State that came from a source is not this machine's.
     #[error("machine state from the source: {0}")]
     State(String),
@@ -67,6 +78,8 @@ pub enum MachineError {
 /// What a machine is made of.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
+    /// What runs it.
+    pub backend: Backend,
     /// Bytes of RAM.
     pub ram: u64,
     /// vCPUs.
@@ -148,6 +161,7 @@ impl Drop for Watch<'_> {
 /// The machine's state as it travels.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct MachineState {
+    pub backend: Backend,
     pub ram: BlockInfo,
     pub vcpus: Vec<Vec<u8>>,
     pub write_rate: Option<u64>,
@@ -184,8 +198,7 @@ pub struct Machine {
 
 /// What the machine's threads use.
 pub(super) struct Parts {
-    pub kvm: Kvm,
-    pub vm: Arc<VmFd>,
+    pub vm: Vm,
     pub tracker: Tracker,
     pub map: MemoryMap,
     pub ram: Block,
@@ -249,14 +262,13 @@ pub(super) fn lock_ram_file(path: &Path) -> io::Result<File> {
 
 /// A VM and its tracker.
 pub(super) fn open_vm(
+    backend: Backend,
     tracking: Tracking,
     adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
-) -> Result<(Kvm, Arc<VmFd>, Tracker), MachineError> {
-    let os = |e: kvm_ioctls::Error| MachineError::Kvm(io::Error::from_raw_os_error(e.errno()));
-    let kvm = Kvm::new().map_err(os)?;
-    let vm = Arc::new(kvm.create_vm().map_err(os)?);
-    let tracker = adjust(Tracker::builder(Arc::clone(&vm)).tracking(tracking)).build()?;
-    Ok((kvm, vm, tracker))
+) -> Result<(Vm, Tracker), MachineError> {
+    let vm = Vm::open(backend)?;
+    let tracker = adjust(Tracker::on(vm.memory()).tracking(tracking)).build()?;
+    Ok((vm, tracker))
 }
 
 impl Machine {
@@ -281,7 +293,7 @@ impl Machine {
             None => Block::memfd(RAM, config.ram)?,
             Some(path) => Block::file(RAM, ram_file(path, config.ram)?, config.ram)?,
         };
-        let (kvm, vm, tracker) = open_vm(config.tracking, adjust)?;
+        let (vm, tracker) = open_vm(config.backend, config.tracking, adjust)?;
         // Many writes for an exit when nothing paces them, few when something does.
         let batch = match config.write_rate {
             None => 4096,
@@ -291,7 +303,6 @@ impl Machine {
         };
         let guest = Guest::new(map, config.workload, batch, config.seed)?;
         let parts = Arc::new(Parts {
-            kvm,
             vm,
             tracker,
             map,
@@ -309,23 +320,21 @@ impl Machine {
             .create(1, GuestAddress(HOME), parts.ram.extent(home));
         tx.commit()?;
         let device = DeviceState::new(config.seed);
-        Self::assemble(parts, device, |vcpu, index| guest.start(vcpu, index))
+        Self::assemble(parts, device, |vcpu, index| vcpu.start(&guest, index))
     }
 
     /// Makes vCPUs and threads; the guest stays stopped.
     pub(super) fn assemble(
         parts: Arc<Parts>,
         device: DeviceState,
-        mut init: impl FnMut(&kvm_ioctls::VcpuFd, usize) -> Result<(), GuestError>,
+        mut init: impl FnMut(&mut MachineVcpu, usize) -> Result<(), GuestError>,
     ) -> Result<Self, MachineError> {
         let stopped = parts.tracker.stop(|| Ok(()))?;
         // All vCPUs before the first thread: what can't be built must not leave one behind that runs.
         let mut vcpus = Vec::new();
         for index in 0..parts.map.vcpus() {
-            let os =
-                |e: kvm_ioctls::Error| MachineError::Kvm(io::Error::from_raw_os_error(e.errno()));
-            let vcpu = parts.vm.create_vcpu(index as u64).map_err(os)?;
-            init(&vcpu, index)?;
+            let mut vcpu = parts.vm.create_vcpu(index)?;
+            init(&mut vcpu, index)?;
             vcpus.push(vcpu);
         }
         // From here on an error drops the machine, which ends its threads while the guest is still stopped.
@@ -349,6 +358,12 @@ impl Machine {
     /// Lets the guest run.
     pub fn start(&mut self) {
         self.stopped = None;
+    }
+
+    /// What runs it.
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        self.parts.vm.backend()
     }
 
     /// Its tracker.
@@ -473,6 +488,7 @@ impl Hooks for MachineHooks {
             return Err("a vCPU of the machine has ended".into());
         }
         let state = MachineState {
+            backend: self.parts.vm.backend(),
             ram: self.parts.ram.info().clone(),
             vcpus: vcpus.into_iter().map(|(_, state)| state).collect(),
             write_rate: self.parts.write_rate,

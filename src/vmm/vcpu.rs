@@ -4,9 +4,8 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::{VcpuExit, VcpuFd};
-
-use super::guest::{GuestEvent, Mailbox, VcpuState, emulate_read, emulate_write};
+use super::backend::{Exit, MachineVcpu};
+use super::guest::{GuestEvent, Mailbox, emulate_read, emulate_write};
 use super::machine::{MachineError, Parts};
 use crate::gate::{Seat, Turn};
 
@@ -19,7 +18,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// guest. It runs when the guest is let go, and ends at the tracker's shutdown.
 pub(super) fn spawn(
     parts: &Arc<Parts>,
-    vcpu: VcpuFd,
+    vcpu: MachineVcpu,
     index: usize,
 ) -> Result<JoinHandle<()>, MachineError> {
     let (seated, result) = mpsc::sync_channel(1);
@@ -57,7 +56,12 @@ enum After {
     Batch,
 }
 
-fn run(parts: &Parts, mut seat: Seat, mut vcpu: VcpuFd, index: usize) -> Result<(), MachineError> {
+fn run(
+    parts: &Parts,
+    mut seat: Seat,
+    mut vcpu: MachineVcpu,
+    index: usize,
+) -> Result<(), MachineError> {
     let mut pace = Pace::new();
     loop {
         let after = match seat.run(&mut vcpu)? {
@@ -65,11 +69,7 @@ fn run(parts: &Parts, mut seat: Seat, mut vcpu: VcpuFd, index: usize) -> Result<
             Turn::Stopped(parked) => {
                 // A batch that ends here needs no pacing.
                 let drained = parked.complete_io(|exit| handle(parts, index, exit).map(|_| ()))?;
-                drained.serve(|vcpu| {
-                    VcpuState::save(&parts.kvm, vcpu)
-                        .and_then(|state| state.to_bytes())
-                        .map_err(|e| e.to_string())
-                });
+                drained.serve(|vcpu| vcpu.save().map_err(|e| e.to_string()));
                 pace = Pace::new();
                 After::Nothing
             }
@@ -81,11 +81,11 @@ fn run(parts: &Parts, mut seat: Seat, mut vcpu: VcpuFd, index: usize) -> Result<
     }
 }
 
-fn handle(parts: &Parts, index: usize, exit: VcpuExit<'_>) -> Result<After, MachineError> {
+fn handle(parts: &Parts, index: usize, exit: Exit<'_>) -> Result<After, MachineError> {
     // The write and its mark are one to whoever waits for quiet.
     let _writing = parts.tracker.writers().enter();
     match exit {
-        VcpuExit::IoOut(port, data) => match GuestEvent::decode(port, data)? {
+        Exit::Out { port, data } => match GuestEvent::decode(port, data)? {
             GuestEvent::BatchDone => Ok(After::Batch),
             GuestEvent::Check(result) => {
                 parts.board.checked(index, result);
@@ -93,17 +93,17 @@ fn handle(parts: &Parts, index: usize, exit: VcpuExit<'_>) -> Result<After, Mach
             }
         },
         // No slot is there now, or a read-only one: the access is carried out on the block itself.
-        VcpuExit::MmioRead(gpa, data) => {
+        Exit::Load { gpa, data } => {
             emulate_read(&parts.memory(), &parts.map, gpa, data)?;
             Ok(After::Nothing)
         }
-        VcpuExit::MmioWrite(gpa, data) => {
+        Exit::Store { gpa, data } => {
             emulate_write(&parts.memory(), &parts.map, gpa, data)?;
             Ok(After::Nothing)
         }
-        other => Err(MachineError::Vcpu {
+        Exit::Unknown(exit) => Err(MachineError::Vcpu {
             vcpu: index,
-            reason: format!("unexpected exit {other:?}"),
+            reason: format!("unexpected exit {exit:?}"),
         }),
     }
 }

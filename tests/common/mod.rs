@@ -12,7 +12,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use gleaner::vmm::guest::Workload;
-use gleaner::vmm::{Machine, MachineConfig};
+use gleaner::vmm::{Backend, Machine, MachineConfig};
 use gleaner::{Block, BlockId, Consumer, Extent, PAGE_SIZE, Tracker, TrackerBuilder, Tracking};
 use vm_memory::{Bytes, VolatileMemory};
 
@@ -53,6 +53,7 @@ pub fn machine_with(
     adjust: impl FnOnce(TrackerBuilder) -> TrackerBuilder,
 ) -> Machine {
     let config = MachineConfig {
+        backend: Backend::Kvm,
         ram,
         vcpus: 2,
         ram_file: None,
@@ -80,6 +81,18 @@ fn read(block: &Block, extent: Extent) -> Vec<u8> {
 /// All bytes of a block.
 pub fn bytes_of(block: &Block) -> Vec<u8> {
     read(block, block.extent(block.info().all()))
+}
+
+/// Pages in which two memories of the same length differ.
+pub fn pages_apart(a: &[u8], b: &[u8]) -> Vec<u64> {
+    assert_eq!(a.len(), b.len());
+    let page = PAGE_SIZE as usize;
+    let both = a.chunks(page).zip(b.chunks(page));
+    (0..)
+        .zip(both)
+        .filter(|(_, (a, b))| a != b)
+        .map(|(n, _)| n)
+        .collect()
 }
 
 /// A destination's copy of all blocks: what a consumer's leases brought, and nothing else.

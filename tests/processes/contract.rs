@@ -45,6 +45,11 @@ fn wrong_usage_is_2_and_names_the_fault() {
         (with(&guest, &["--churn", "-1"]), "-1"),
         (with(&guest, &["--churn", "often"]), "\"often\" is no rate"),
         (with(&guest, &["--churn-kinds", "hole,knot"]), "knot"),
+        (with(&guest, &["--backend", "xen"]), "auto, kvm, model"),
+        (
+            vec!["receive", "--listen", "unix:/x", "--backend", "model"],
+            "--resume",
+        ),
         (
             with(&send, &["--timeout", "soon"]),
             "\"soon\" is no duration",

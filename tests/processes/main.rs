@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // a test that can't go on fails
 
+mod backends;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use gleaner::migrate::{Listener, Receiver, ReceiverOptions, Status};
-use gleaner::vmm::IncomingMachine;
+use gleaner::vmm::{Backend, IncomingMachine};
 use gleaner::{PAGE_SIZE, Tracking};
 
 use crate::common::{bytes_of, kvm};
@@ -140,7 +140,7 @@ fn a_guest_that_moves_on_and_on_is_the_same_after_every_hop() {
     // The last hop is to this process, where the guest can be asked.
     let address = place.unix("here");
     let listener = Listener::bind(&address.parse().unwrap()).unwrap();
-    let mut destination = IncomingMachine::new().resume(Tracking::Auto);
+    let mut destination = IncomingMachine::new().resume(Backend::Kvm, Tracking::Auto);
     let (sent, received) = std::thread::scope(|scope| {
         let receiver = Receiver::new(&mut destination, ReceiverOptions::default());
         let receiving = scope.spawn(|| receiver.listen(&listener).unwrap());

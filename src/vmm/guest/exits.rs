@@ -14,7 +14,7 @@ pub const PORT_BATCH: u16 = 0xe0;
 pub const PORT_CHECK: u16 = 0xe1;
 
 pub(super) const CODE_SHIFT: u32 = 4;
-const CODE_OK: u32 = 0;
+pub(super) const CODE_OK: u32 = 0;
 pub(super) const CODE_PAGE_WRONG: u32 = 1;
 pub(super) const CODE_SUM: u32 = 2;
 pub(super) const CODE_CONTROL: u32 = 3;

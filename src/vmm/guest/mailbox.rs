@@ -39,6 +39,9 @@ impl Word {
     }
 }
 
+/// How many words are read once, from the start of the page on.
+pub(super) const PARAMETERS: usize = Word::State.offset() / 8 + 1;
+
 /// The mailbox's request for a check.
 pub(super) const CHECK: u64 = 0x4b43;
 

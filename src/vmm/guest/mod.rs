@@ -32,6 +32,8 @@
 //! dirty bits preset, so neither the walker nor the CPU ever writes them. Memory is touched by plain aligned `mov`s of
 //! 8 bytes only: where no slot is, each is an MMIO exit that [`mmio`] carries out on the block itself.
 //!
+//! The model's vCPUs can't execute code: they run a [`VirtualProgram`], which does the same, access by access.
+//!
 //! [`mmio`]: emulate_read
 
 mod boot;
@@ -41,6 +43,8 @@ mod mailbox;
 mod memory_map;
 mod program;
 mod vcpu_state;
+mod versioned;
+mod virtual_program;
 mod workload;
 
 pub use boot::Guest;
@@ -50,4 +54,5 @@ pub use mailbox::{CheckResult, Mailbox};
 pub use memory_map::{HOME, LOW_PAGES, MemoryMap, VcpuPages};
 pub use program::STAMP;
 pub use vcpu_state::VcpuState;
+pub use virtual_program::VirtualProgram;
 pub use workload::{Workload, parse_size};

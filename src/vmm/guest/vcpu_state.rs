@@ -10,8 +10,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::{GuestError, Result};
-use crate::codec;
+use super::versioned::malformed;
+use super::{GuestError, Result, versioned};
 
 /// Of the format. A change of the fields changes it.
 const VERSION: u32 = 1;
@@ -109,9 +109,7 @@ impl VcpuState {
     /// # Errors
     /// [`GuestError::StateMalformed`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = VERSION.to_le_bytes().to_vec();
-        bytes.extend(codec::encode::<LIMIT>(self).map_err(malformed)?);
-        Ok(bytes)
+        versioned::encode::<LIMIT>(VERSION, self)
     }
 
     /// The state that [`VcpuState::to_bytes`] made these bytes of. They may come from a peer.
@@ -119,17 +117,7 @@ impl VcpuState {
     /// # Errors
     /// [`GuestError::StateVersion`], [`GuestError::StateMalformed`].
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let (version, fields) = bytes
-            .split_first_chunk()
-            .ok_or_else(|| malformed("it ends within its version"))?;
-        let found = u32::from_le_bytes(*version);
-        if found != VERSION {
-            return Err(GuestError::StateVersion {
-                found,
-                expected: VERSION,
-            });
-        }
-        let state: Self = codec::decode::<LIMIT, _>(fields).map_err(malformed)?;
+        let state: Self = versioned::decode::<LIMIT, _>(VERSION, bytes)?;
         // A KVM structure that is too short is padded, one that is too long is cut. Neither encodes to the same bytes again.
         if state.to_bytes()? != bytes {
             return Err(malformed(
@@ -145,12 +133,6 @@ impl VcpuState {
             return Err(malformed("it names MSRs that no state has"));
         }
         Ok(state)
-    }
-}
-
-fn malformed(what: impl ToString) -> GuestError {
-    GuestError::StateMalformed {
-        what: what.to_string(),
     }
 }
 
