@@ -83,6 +83,9 @@ impl Exchange for Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.host().hang_up(self.connection).unwrap();
+        // A test that fails says so once.
+        if !std::thread::panicking() {
+            self.host().hang_up(self.connection).unwrap();
+        }
     }
 }
