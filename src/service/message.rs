@@ -64,7 +64,7 @@ pub enum Response {
         /// [`VERSION`].
         version: u32,
     },
-    /// An earlier attempt is in doubt: only `Complete` and `Resume` are taken, once it is known what became of it.
+    /// An earlier attempt is in doubt: only `Complete` and `Resume` change anything, once it is known what became of it.
     InDoubt {
         /// The earlier attempt.
         migration: [u8; 16],

@@ -180,12 +180,12 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
         use Phase::{Committing, Idle, Migrating, Stopped};
         match request {
             Request::Hello { .. } => false,
-            Request::Layout | Request::Block(_) | Request::Harvest | Request::Lease(_) => {
-                matches!(self.phase, Migrating | Stopped)
-            }
-            Request::Ack(_) | Request::Release(_) => {
-                matches!(self.phase, Migrating | Stopped | Committing)
-            }
+            Request::Layout
+            | Request::Block(_)
+            | Request::Harvest
+            | Request::Lease(_)
+            | Request::Ack(_)
+            | Request::Release(_) => matches!(self.phase, Migrating | Stopped),
             Request::Transactions => self.phase != Idle,
             Request::Stop => self.phase == Migrating,
             Request::State | Request::Relinquish => self.phase == Stopped,

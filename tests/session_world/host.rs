@@ -118,7 +118,9 @@ impl Host {
                 })?;
             }
             (Request::Transactions, Response::Number(_)) | (_, Response::Error(_)) => {}
-            (_, _) => ensure(before != Told::Away, || "served when it was away".into())?,
+            (_, _) => ensure(before == Told::Here, || {
+                format!("served, and it is {before:?}")
+            })?,
         }
         self.stands_when_let_go()
     }
