@@ -68,6 +68,8 @@ pub struct MemoryWire<'a> {
 
 /// Called before each frame.
 type Watch<'a> = Box<dyn FnMut(Way, &Message) + 'a>;
+/// Asked how long each answer takes beyond the latency.
+type Delay<'a> = Box<dyn FnMut(&Message) -> Duration + 'a>;
 
 /// The destination's end.
 enum End<'a> {
@@ -93,6 +95,7 @@ struct Line<'a> {
     /// Answers on their way, with the time when they are there.
     answers: VecDeque<(Instant, Message)>,
     watch: Option<Watch<'a>>,
+    delay: Option<Delay<'a>>,
 }
 
 impl<'a> MemoryWire<'a> {
@@ -113,6 +116,7 @@ impl<'a> MemoryWire<'a> {
                 bytes: 0,
                 answers: VecDeque::new(),
                 watch: None,
+                delay: None,
             },
             end: End::Open(Box::new(Reception::new(destination, options))),
         }
@@ -123,6 +127,13 @@ impl<'a> MemoryWire<'a> {
     #[must_use]
     pub fn latency(mut self, latency: Duration) -> Self {
         self.line.latency = latency;
+        self
+    }
+
+    /// How long each answer takes beyond the latency. Answers never overtake each other.
+    #[must_use]
+    pub fn delay(mut self, delay: impl FnMut(&Message) -> Duration + 'a) -> Self {
+        self.line.delay = Some(Box::new(delay));
         self
     }
 
@@ -394,8 +405,10 @@ impl Peer for Delivery<'_, '_> {
         let sequence = line.frames[Way::Back as usize];
         let (_, answer) = Frame::encode(message, sequence, 0)?.decode()?;
         if let Share::All = line.next(Way::Back, message)? {
-            let there = line.clock.now() + 2 * line.latency;
-            line.answers.push_back((there, answer));
+            let delay = line.delay.as_mut().map_or(Duration::ZERO, |of| of(&answer));
+            let there = line.clock.now() + 2 * line.latency + delay;
+            let before = line.answers.back().map_or(there, |(before, _)| *before);
+            line.answers.push_back((there.max(before), answer));
         }
         Ok(())
     }
