@@ -166,3 +166,23 @@ fn pages_take_the_time_that_the_bandwidth_leaves_them() {
         assert!(seconds <= expected + 1e-6, "{seconds}");
     }
 }
+
+/// A guest that dirties nothing more leaves no lease to measure by.
+#[test]
+fn one_slow_answer_does_not_keep_an_idle_guest_here() {
+    let mut options = options();
+    let mut receiver = receiver_options();
+    options.clock = Clock::stopped();
+    receiver.clock = options.clock.clone();
+    options.timeout = Some(Duration::from_secs(60));
+    let mut applied = 0;
+    let mut place = ToyDestination::default();
+    let mut wire = MemoryWire::new(&mut place, receiver)
+        .latency(Duration::from_millis(1))
+        .delay(|answer| {
+            applied += u64::from(matches!(answer, Message::Applied(_)));
+            Duration::from_millis(if applied == 1 { 200 } else { 0 })
+        });
+    let report = Sender::new(&mut ToySource::new(10), options).run_over(&mut wire);
+    assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
+}
