@@ -83,3 +83,33 @@ impl BlockInfo {
         PageRange::new(0, self.pages)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PAGE_SIZE;
+
+    #[test]
+    fn a_name_must_do_for_a_file() {
+        let new = |name: &str| BlockInfo::new(BlockId(0), name, PAGE_SIZE);
+        for good in ["r", "pc.ram", "a-b_c:D@9", &"x".repeat(BlockInfo::NAME_MAX)] {
+            assert_eq!(new(good).unwrap().name, good);
+        }
+        let long = "x".repeat(BlockInfo::NAME_MAX + 1);
+        for bad in [
+            "", ".", "..", ".hidden", "a/b", "a b", "a\0", "\u{e9}", &long,
+        ] {
+            assert!(matches!(new(bad), Err(Error::BlockName { .. })), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_block_has_all_its_pages_and_an_id_of_its_own() {
+        let (a, b) = (BlockId::fresh(), BlockId::fresh());
+        assert_ne!(a, b);
+        let block = BlockInfo::new(BlockId(5), "ram", 7 * PAGE_SIZE).unwrap();
+        assert_eq!(block.all(), PageRange::new(0, 7));
+        assert_eq!(block.id.to_string(), "#5");
+        assert!(BlockInfo::new(a, "ram", 4097).is_err());
+    }
+}

@@ -76,3 +76,42 @@ impl Extent {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn ranges_are_sets_of_pages(a in 0u64..20, n in 0u64..20, b in 0u64..20, m in 0u64..20) {
+            let (x, y) = (PageRange::new(a, n), PageRange::new(b, m));
+            let both: Vec<u64> = (a..a + n).filter(|page| (b..b + m).contains(page)).collect();
+            let got = x.intersect(&y);
+            prop_assert_eq!(got.map_or(vec![], |r| (r.first..r.end()).collect()), both);
+            prop_assert!(got.is_none_or(|r| r.pages > 0));
+            if m > 0 {
+                prop_assert_eq!(x.contains(&y), (b..b + m).all(|page| (a..a + n).contains(&page)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_that_wraps_is_too_long_for_everything() {
+        let hostile = PageRange::new(2, u64::MAX);
+        assert_eq!(hostile.end(), u64::MAX);
+        assert!(!PageRange::new(0, u64::MAX - 1).contains(&hostile));
+    }
+
+    #[test]
+    fn only_whole_pages_are_pages() {
+        assert_eq!(pages_of("length", 3 * PAGE_SIZE).unwrap(), 3);
+        for bytes in [0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1] {
+            assert!(matches!(
+                pages_of("length", bytes),
+                Err(Error::Unaligned { what: "length", value }) if value == bytes
+            ));
+        }
+        assert_eq!(1 << PAGE_SHIFT, PAGE_SIZE);
+    }
+}

@@ -102,3 +102,75 @@ impl Slot {
             && other.gpa < self.gpa_end()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn slot(address_space: u16, gpa: u64, pages: u64) -> Slot {
+        Slot {
+            key: SlotKey {
+                address_space,
+                id: 3,
+            },
+            gpa: gpa * PAGE_SIZE,
+            block: BlockId(0),
+            range: PageRange::new(0, pages),
+            readonly: false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_key_survives_kvms_packing(address_space: u16, id: u16) {
+            let key = SlotKey { address_space, id };
+            prop_assert_eq!(key.raw(), u32::from(address_space) * 65_536 + u32::from(id));
+            prop_assert_eq!(SlotKey::from_raw(key.raw()), key);
+        }
+
+        #[test]
+        fn slots_overlap_where_they_share_a_guest_page(a in 0u64..20, n in 1u64..20, b in 0u64..20, m in 1u64..20) {
+            let share = (a..a + n).any(|page| (b..b + m).contains(&page));
+            prop_assert_eq!(slot(0, a, n).overlaps(&slot(0, b, m)), share);
+            prop_assert!(!slot(0, a, n).overlaps(&slot(1, b, m)), "address spaces are apart");
+        }
+    }
+
+    #[test]
+    fn the_same_backing_may_lie_anywhere_but_must_show_the_same_pages_in_the_same_way() {
+        let one = slot(0, 5, 4);
+        let moved = Slot {
+            key: 9.into(),
+            gpa: 0,
+            ..one
+        };
+        assert!(one.same_backing(&moved));
+        for other in [
+            Slot {
+                block: BlockId(1),
+                ..one
+            },
+            Slot {
+                range: PageRange::new(1, 4),
+                ..one
+            },
+            Slot {
+                readonly: true,
+                ..one
+            },
+        ] {
+            assert!(!one.same_backing(&other));
+        }
+    }
+
+    #[test]
+    fn a_slot_says_where_it_is() {
+        let one = slot(1, 5, 4);
+        assert_eq!(one.address(), GuestAddress(5 * 4096));
+        assert_eq!(one.gpa_end(), 9 * 4096);
+        assert_eq!(slot(0, 5, u64::MAX).gpa_end(), u64::MAX);
+        assert_eq!(one.key.to_string(), "slot 1:3");
+        assert_eq!(SlotKey::from(3).to_string(), "slot 3");
+    }
+}

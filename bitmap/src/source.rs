@@ -316,3 +316,72 @@ impl Harvester {
         report
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: BlockId = BlockId(0);
+
+    #[test]
+    fn a_scope_of_slots_covers_those_and_no_others() {
+        let keys: [SlotKey; 2] = [3.into(), 7.into()];
+        let covered =
+            |scope: Scope<'_>| (0..10).filter(|&id: &u16| scope.covers(id.into())).count();
+        assert_eq!(covered(Scope::All), 10);
+        assert_eq!(covered(Scope::Slots(&keys)), 2);
+        assert!(Scope::Slots(&keys).covers(7.into()));
+        assert_eq!(covered(Scope::Slots(&[])), 0);
+    }
+
+    #[test]
+    fn what_names_no_page_of_a_block_is_refused_and_nothing_of_it_is_taken() {
+        let mut harvester = Harvester::default();
+        harvester.add_block(BLOCK, 100);
+        let into = &mut harvester.staged;
+        let all = [u64::MAX; 2];
+        for outside in [
+            into.mark(BLOCK, 100),
+            into.mark(BLOCK, u64::MAX),
+            into.mark_pages(BLOCK, &[5, 100, 6]),
+            into.mark_range(BLOCK, PageRange::new(99, 2)),
+            into.or_block(BLOCK, PageRange::new(1, 100), &all),
+        ] {
+            assert!(
+                matches!(
+                    outside,
+                    Err(Error::OutsideBlock {
+                        block: BLOCK,
+                        pages: 100,
+                        ..
+                    })
+                ),
+                "{outside:?}"
+            );
+        }
+        for unknown in [
+            into.mark(BlockId(1), 0),
+            into.mark_range(BlockId(1), PageRange::new(0, 1)),
+            into.or_block(BlockId(1), PageRange::new(0, 1), &all),
+        ] {
+            assert!(
+                matches!(unknown, Err(Error::UnknownBlock { block: BlockId(1) })),
+                "{unknown:?}"
+            );
+        }
+        let short = into.or_block(BLOCK, PageRange::new(0, 65), &all[1..]);
+        assert!(
+            matches!(
+                short,
+                Err(Error::LengthMismatch {
+                    left: 65,
+                    right: 64
+                })
+            ),
+            "{short:?}"
+        );
+        into.mark_pages(BLOCK, &[]).unwrap();
+        let store = DirtyStore::default();
+        assert_eq!(harvester.publish(Some(&store)).pages, 0);
+    }
+}
