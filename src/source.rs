@@ -201,6 +201,11 @@ impl Source for LocalSource {
                 self.hooks.migrated_away();
                 Ok(())
             }
+            // Told again, because its answer was lost or a hook panicked: nothing is left to do.
+            away @ Guest::Away(_) => {
+                self.guest = away;
+                Ok(())
+            }
             other => {
                 self.guest = other;
                 Err(MigrateError::source(Error::NotStopped))

@@ -114,6 +114,8 @@ fn a_guest_that_has_migrated_away_never_goes_on_here() {
     source.state().unwrap();
     source.relinquish().unwrap();
     source.complete().unwrap();
+    // Who did not hear the answer tells it again.
+    source.complete().unwrap();
     let writes = machine.guest_writes().unwrap();
     assert!(source.resume().is_err());
     assert!(resolve(&mut source, Outcome::Refused).is_err());
