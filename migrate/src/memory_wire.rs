@@ -1,53 +1,16 @@
-//! A wire without a system: sender and receiver in one thread, faults at any frame, time as a [`Clock`] tells it.
+//! A wire without a system: sender and receiver in one thread, faults at any frame, time as a [`Clock`](crate::Clock) tells it.
 
-use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_memory::VolatileSlice;
 
+use crate::line::{Break, Line, Share, Way};
 use crate::wire::{HEADER_LEN, Header, Message, Patience, Payload};
-use crate::{
-    Channel, Clock, Destination, Error, Peer, Received, ReceiverOptions, Reception, Result,
-};
-
-/// A direction of a wire.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
-    /// From the source to the destination.
-    Forth,
-    /// From the destination to the source.
-    Back,
-}
-
-/// How much of a frame still gets through when the wire breaks at it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Cut {
-    /// Nothing, and who sends it is told so unless the break is silent.
-    Before,
-    /// Half of its bytes: of its pages the first ones are written, the last of them in part. Who sends it believes that
-    /// all went, as after a write into the buffer of a socket.
-    Half,
-    /// All of it.
-    After,
-}
-
-/// Where a wire breaks. Nothing that is sent after that gets through, either way.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Break {
-    /// The direction of the frame.
-    pub way: Way,
-    /// Its number in that direction, from 0.
-    pub frame: u64,
-    /// How much of it gets through.
-    pub cut: Cut,
-    /// Nobody is told: what is sent vanishes, and each end waits until its patience is over, the destination until
-    /// [`MemoryWire::end`]. Otherwise both ends hear of it at once.
-    pub silent: bool,
-}
+use crate::{Channel, Destination, Error, Peer, Received, ReceiverOptions, Reception, Result};
 
 /// A [`Channel`] that hands each frame to a [`Reception`] as it is sent. Frames are encoded and decoded as on a stream;
 /// pages are copied from memory to memory. Everything takes place in the sender's thread and in an order that depends
-/// on nothing else, so a run with [`Clock::stopped`] at both ends can be repeated exactly.
+/// on nothing else, so a run with [`Clock::stopped`](crate::Clock::stopped) at both ends can be repeated exactly.
 ///
 /// ```no_run
 /// # use gleaner_migrate::*;
@@ -66,36 +29,10 @@ pub struct MemoryWire<'a> {
     end: End<'a>,
 }
 
-/// Called before each frame.
-type Watch<'a> = Box<dyn FnMut(Way, &Message) + 'a>;
-/// Asked how long each answer takes beyond the latency.
-type Delay<'a> = Box<dyn FnMut(&Message) -> Duration + 'a>;
-
 /// The destination's end.
 enum End<'a> {
     Open(Box<Reception<'a>>),
     Ended(Received),
-}
-
-/// What frames go over.
-struct Line<'a> {
-    clock: Clock,
-    latency: Duration,
-    bandwidth: Option<u64>,
-    breaks: Option<Break>,
-    broken: bool,
-    /// It is broken, and nobody was told.
-    mute: bool,
-    /// How long the destination waits when nobody tells it.
-    patience: Duration,
-    /// Frames sent, forth and back.
-    frames: [u64; 2],
-    /// Bytes sent forth.
-    bytes: u64,
-    /// Answers on their way, with the time when they are there.
-    answers: VecDeque<(Instant, Message)>,
-    watch: Option<Watch<'a>>,
-    delay: Option<Delay<'a>>,
 }
 
 impl<'a> MemoryWire<'a> {
@@ -104,20 +41,7 @@ impl<'a> MemoryWire<'a> {
     #[must_use]
     pub fn new(destination: &'a mut dyn Destination, options: ReceiverOptions) -> Self {
         Self {
-            line: Line {
-                clock: options.clock.clone(),
-                latency: Duration::ZERO,
-                bandwidth: None,
-                breaks: None,
-                broken: false,
-                mute: false,
-                patience: options.io_timeout,
-                frames: [0; 2],
-                bytes: 0,
-                answers: VecDeque::new(),
-                watch: None,
-                delay: None,
-            },
+            line: Line::new(&options),
             end: End::Open(Box::new(Reception::new(destination, options))),
         }
     }
@@ -298,60 +222,6 @@ impl Channel for MemoryWire<'_> {
         if !self.line.mute {
             self.give_up();
         }
-    }
-}
-
-impl Line<'_> {
-    /// How much of the next frame in a direction gets through. An error if its sender is told that nothing does.
-    fn next(&mut self, way: Way, message: &Message) -> Result<Share> {
-        if let Some(watch) = &mut self.watch {
-            watch(way, message);
-        }
-        let number = &mut self.frames[way as usize];
-        let here = |at: &Break| at.way == way && at.frame == *number;
-        let cut = match self.breaks.filter(here) {
-            _ if self.broken => Some(Cut::Before),
-            None => None,
-            Some(at) => {
-                (self.broken, self.mute) = (true, at.silent);
-                Some(at.cut)
-            }
-        };
-        let share = match cut {
-            None | Some(Cut::After) => Share::All,
-            Some(Cut::Half) => Share::Half,
-            Some(Cut::Before) if self.mute => Share::Nothing,
-            Some(Cut::Before) => return Err(closed(way)),
-        };
-        self.frames[way as usize] += 1;
-        Ok(share)
-    }
-
-    /// What the destination meets when it awaits more.
-    fn lost(&self, during: &'static str) -> Error {
-        if self.mute {
-            let after = self.patience;
-            Error::Silent { during, after }
-        } else {
-            Error::Closed { during }
-        }
-    }
-}
-
-/// How much of a frame gets through.
-#[derive(Clone, Copy)]
-enum Share {
-    Nothing,
-    Half,
-    All,
-}
-
-const fn closed(way: Way) -> Error {
-    Error::Closed {
-        during: match way {
-            Way::Forth => "writing to the stream",
-            Way::Back => "answering the source",
-        },
     }
 }
 
