@@ -8,6 +8,7 @@ use gleaner::migrate::{
     Break, CancelToken, Clock, Cut, MemoryWire, MigrationId, Outcome, PageMemory, ReceiverOptions,
     Sender, SenderOptions, Status, Way, resolve,
 };
+use gleaner::model::{Call, Failure};
 use gleaner::{Block, LocalSource, PageRange, Result, Start};
 
 use crate::actors::Actors;
@@ -54,6 +55,8 @@ impl Tally {
     }
 }
 
+const ANY: &[Call] = &[Call::Set, Call::Get, Call::Clear, Call::Reset, Call::Manual];
+
 /// Attempts that may fail; the next one meets no faults.
 const TROUBLED: u64 = 3;
 
@@ -62,6 +65,8 @@ const TROUBLED: u64 = 3;
 struct Plan {
     ends: Faults,
     line: Option<Break>,
+    /// KVM fails at the call of this number when logging is switched on.
+    start: Option<u32>,
     /// The user calls it off before the frame of this number.
     cancel: Option<u64>,
 }
@@ -69,7 +74,8 @@ struct Plan {
 impl Plan {
     fn any(random: &mut Random) -> Self {
         let mut plan = Self::default();
-        match random.below(10) {
+        match random.below(11) {
+            10 => plan.start = Some(u32::try_from(random.below(6)).unwrap_or(0)),
             0 => plan.ends.harvest = Some(random.below(4)),
             1 => plan.ends.save = true,
             2 => plan.ends.destination = Some(random.below(8)),
@@ -159,7 +165,22 @@ fn attempt(
         fails: plan.ends.save,
     };
     let tracker = world.tracker.clone();
-    let inner = world.harvesting(|| LocalSource::new(&tracker, Box::new(hooks)))?;
+    world.kvm.state().orders.failure = plan.start.map(|after| Failure {
+        calls: ANY,
+        after,
+        times: 1,
+        errno: libc::ENOMEM,
+    });
+    let begun = world.harvesting(|| LocalSource::new(&tracker, Box::new(hooks)));
+    world.kvm.state().orders.failure = None;
+    let inner = match begun {
+        Ok(inner) => inner,
+        Err(error) => {
+            world.explain(error)?;
+            world.parts(number);
+            return Ok(false);
+        }
+    };
     let mut source = Watched {
         inner,
         number,
@@ -189,12 +210,14 @@ fn attempt(
     let stage = world.actors.clone();
     let compare = move |arrived: &Arrived| differing(&stage, arrived);
     let mut place = Place::new(whereabouts.clone(), plan.ends, &compare);
+    let latency = Duration::from_micros(world.random.below(2000));
+    let bandwidth = 1 << (20 + world.random.below(12));
     let troubled = RefCell::new(Ok(()));
     let frames = RefCell::new(0);
     let world_now = RefCell::new(&mut *world);
     let mut wire = MemoryWire::new(&mut place, receiver)
-        .latency(Duration::from_micros(50))
-        .bandwidth(1 << 30)
+        .latency(latency)
+        .bandwidth(bandwidth)
         .watch(|_, _| {
             *frames.borrow_mut() += 1;
             if plan.cancel == Some(*frames.borrow()) {
