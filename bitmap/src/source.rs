@@ -335,6 +335,26 @@ mod tests {
     }
 
     #[test]
+    fn a_slots_bitmap_lands_on_the_blocks_pages_that_it_maps() {
+        let slot = Slot {
+            key: 3.into(),
+            gpa: 0,
+            block: BLOCK,
+            range: PageRange::new(4090, 70),
+            readonly: false,
+        };
+        let mut harvester = Harvester::default();
+        harvester.add_block(BLOCK, 9000);
+        // Pages 0, 6 (the next chunk's first) and 69 of the slot; what lies behind the slot's end is nobody's.
+        let words = [1 | 1 << 6, u64::MAX << 5];
+        harvester.staged.or_slot(&slot, &words).unwrap();
+        let staging = &harvester.staged.blocks[&BLOCK];
+        let pages: Vec<u64> = staging.bits.runs().flat_map(|r| r.first..r.end()).collect();
+        assert_eq!(pages, [4090, 4096, 4159]);
+        assert_eq!(staging.touched(), [PageRange::new(0, 8192)]);
+    }
+
+    #[test]
     fn what_names_no_page_of_a_block_is_refused_and_nothing_of_it_is_taken() {
         let mut harvester = Harvester::default();
         harvester.add_block(BLOCK, 100);
