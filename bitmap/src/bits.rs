@@ -44,31 +44,20 @@ pub fn or_bits(dst: &mut [u64], dst_bit: u64, src: &[u64], src_bit: u64, len: u6
     assert!(word(src_bit + len - 1) < src.len(), "source range");
     // Up to the first word boundary of the destination.
     let head = (BITS - dst_bit % BITS).min(len);
-    if head < BITS {
-        dst[word(dst_bit)] |= fetch(src, src_bit, head) << (dst_bit % BITS);
-        if head == len {
-            return;
-        }
-    }
-    let (dst_bit, src_bit, len) = if head < BITS {
-        (dst_bit + head, src_bit + head, len - head)
-    } else {
-        (dst_bit, src_bit, len)
-    };
+    dst[word(dst_bit)] |= fetch(src, src_bit, head) << (dst_bit % BITS);
+    let (dst_bit, src_bit, len) = (dst_bit + head, src_bit + head, len - head);
     // Whole destination words.
     let whole = word(len);
     let body = &mut dst[word(dst_bit)..word(dst_bit) + whole];
     let (start, shift) = (word(src_bit), src_bit % BITS);
-    if whole > 0 {
-        if whole >= PARALLEL_WORDS {
-            body.par_chunks_mut(PARALLEL_WORDS / 2)
-                .enumerate()
-                .for_each(|(n, part)| {
-                    or_words(part, &src[start + n * PARALLEL_WORDS / 2..], shift);
-                });
-        } else {
-            or_words(body, &src[start..], shift);
-        }
+    if whole >= PARALLEL_WORDS {
+        body.par_chunks_mut(PARALLEL_WORDS / 2)
+            .enumerate()
+            .for_each(|(n, part)| {
+                or_words(part, &src[start + n * PARALLEL_WORDS / 2..], shift);
+            });
+    } else {
+        or_words(body, &src[start..], shift);
     }
     // What is left in the last word.
     let tail = len % BITS;
