@@ -355,6 +355,26 @@ mod tests {
     }
 
     #[test]
+    fn a_range_touches_each_chunk_it_reaches_into_and_no_other() {
+        let mut harvester = Harvester::default();
+        harvester.add_block(BLOCK, 5 * CHUNK - 7);
+        let touched = [
+            (CHUNK - 1, 1, 0, CHUNK),
+            (CHUNK, 1, CHUNK, CHUNK),
+            (CHUNK - 1, CHUNK + 2, 0, 3 * CHUNK),
+            (4 * CHUNK, 1, 4 * CHUNK, CHUNK - 7),
+        ];
+        for (first, pages, from, reach) in touched {
+            let range = PageRange::new(first, pages);
+            harvester.staged.mark_range(BLOCK, range).unwrap();
+            let staging = &harvester.staged.blocks[&BLOCK];
+            assert_eq!(staging.bits.runs().collect::<Vec<_>>(), [range]);
+            assert_eq!(staging.touched(), [PageRange::new(from, reach)]);
+            assert_eq!(harvester.publish(None).pages, 0);
+        }
+    }
+
+    #[test]
     fn what_names_no_page_of_a_block_is_refused_and_nothing_of_it_is_taken() {
         let mut harvester = Harvester::default();
         harvester.add_block(BLOCK, 100);
