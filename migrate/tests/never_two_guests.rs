@@ -190,6 +190,157 @@ fn the_line_breaks_before_in_and_after_each_frame_loudly_and_silently() {
     }
 }
 
+/// Migrates over a faulty line. What became of the guest is what is said, whoever asks learns it, and where the guest runs
+/// on it migrates again, whole.
+fn survives(line: Line, timeout: Duration) -> Status {
+    let (near, far, threads) = line;
+    let (source, place) = (small(), ToyDestination::default());
+    let (mut options, mut receiver) = (options(), receiver_options());
+    options.io_timeout = timeout;
+    receiver.io_timeout = timeout;
+    let outcomes = receiver.outcomes.clone();
+    let (report, _) = migrate(&source, &place, options, receiver, near, far);
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    let status = check(&source, &place, &report, &outcomes);
+    let ended = match status {
+        Status::InDoubt => {
+            let outcome = outcomes.get(report.migration_id);
+            let resolved = resolve(&mut source.clone(), outcome).unwrap();
+            assert_ne!(resolved, Status::InDoubt, "{outcome:?}");
+            resolved
+        }
+        other => other,
+    };
+    let guest_runs_here = source.guest().running;
+    assert_ne!(guest_runs_here, place.place().running);
+    assert_eq!(guest_runs_here, ended == Status::Failed);
+    if guest_runs_here {
+        let again = ToyDestination::default();
+        source.guest().touch();
+        clean(&source, &again);
+        assert_same(&source, &again);
+    } else {
+        assert_same(&source, &place);
+    }
+    status
+}
+
+/// Over a line without a fault.
+fn clean(source: &ToySource, place: &ToyDestination) {
+    let (near, far) = pair();
+    let (report, _) = migrate(source, place, options(), receiver_options(), near, far);
+    assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
+}
+
+/// Of a direction, bytes here and there, and those of the last frame, on which the guest's place depends.
+fn points(length: u64) -> impl Iterator<Item = u64> {
+    let last = length - 30;
+    (0..last)
+        .step_by(usize::try_from(length / 20).unwrap())
+        .chain((last..length).step_by(5))
+}
+
+/// As many at a time: they mostly wait.
+const AT_ONCE: usize = 8;
+
+/// A fault in each direction at each point; how many failed, and how many left a doubt.
+fn everywhere(
+    lines: fn([Fault; 2]) -> Line,
+    timeout: Duration,
+    fault: impl Fn(u64) -> Fault + Sync,
+) -> [usize; 2] {
+    let lengths = lengths();
+    let cases: Vec<_> = (0..2)
+        .flat_map(|direction| points(lengths[direction]).map(move |at| (direction, at)))
+        .collect();
+    let of = |(direction, at): (usize, u64)| {
+        let mut faults = [Fault::default(); 2];
+        faults[direction] = fault(at);
+        survives(lines(faults), timeout)
+    };
+    let statuses: Vec<_> = std::thread::scope(|scope| {
+        let shares = cases.chunks(cases.len().div_ceil(AT_ONCE));
+        let workers: Vec<_> = shares
+            .map(|share| scope.spawn(|| share.iter().copied().map(of).collect::<Vec<_>>()))
+            .collect();
+        workers
+            .into_iter()
+            .flat_map(|w| w.join().unwrap())
+            .collect()
+    });
+    let count = |status| statuses.iter().filter(|s| **s == status).count();
+    let counts = [count(Status::Failed), count(Status::InDoubt)];
+    assert_eq!(counts[0] + counts[1], cases.len(), "{statuses:?}");
+    counts
+}
+
+#[test]
+fn the_line_is_reset_anywhere() {
+    let long = Duration::from_secs(10);
+    let reset = |at| Fault {
+        reset: Some(at),
+        ..Fault::default()
+    };
+    let [failed, doubts] = everywhere(tcp_line, long, reset);
+    assert!(failed > 0 && doubts > 0, "{failed} {doubts}");
+}
+
+#[test]
+fn the_line_stalls_anywhere_for_longer_than_either_end_waits() {
+    let stall = |at| Fault {
+        stall: Some(at),
+        ..Fault::default()
+    };
+    for lines in [line, tcp_line] {
+        let [failed, doubts] = everywhere(lines, Duration::from_millis(100), stall);
+        assert!(failed > 0 && doubts > 0, "{failed} {doubts}");
+    }
+}
+
+/// Headers, metadata and pages come in pieces; answers, which are short, byte by byte too.
+#[test]
+fn the_line_carries_a_few_bytes_at_a_time() {
+    for lines in [line, tcp_line] {
+        for pieces in [[61, 1], [509, 5], [4095, 27]] {
+            let slow = pieces.map(|pieces| Fault {
+                pieces: Some(pieces),
+                ..Fault::default()
+            });
+            let status = survives(lines(slow), Duration::from_secs(60));
+            assert_eq!(status, Status::Completed);
+        }
+    }
+}
+
+/// More than all buffers on the way take: the sender's own writes stall.
+#[test]
+fn writes_that_stall_are_given_up() {
+    let source = ToySource::new(12_000);
+    let stall = Fault {
+        stall: Some(100_000),
+        ..Fault::default()
+    };
+    let (near, far, threads) = line([stall, Fault::default()]);
+    let (mut options, receiver) = (options(), receiver_options());
+    options.io_timeout = Duration::from_millis(100);
+    let (place, outcomes) = (ToyDestination::default(), receiver.outcomes.clone());
+    let (report, _) = migrate(&source, &place, options, receiver, near, far);
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    assert_eq!(check(&source, &place, &report, &outcomes), Status::Failed);
+    assert!(
+        matches!(report.error, Some(Error::Silent { .. })),
+        "{report:?}"
+    );
+    let again = ToyDestination::default();
+    source.guest().touch();
+    clean(&source, &again);
+    assert_same(&source, &again);
+}
+
 #[test]
 fn a_doubt_is_resolved_by_asking() {
     let dir = tempfile::tempdir().unwrap();
@@ -203,7 +354,10 @@ fn a_doubt_is_resolved_by_asking() {
         ([None, Some(back - 1)], Outcome::Running),
         ([Some(forth - 1), None], Outcome::Refused),
     ] {
-        let (near, far, _line) = line(faults.map(|cut| Fault { cut, flip: None }));
+        let (near, far, _line) = line(faults.map(|cut| Fault {
+            cut,
+            ..Fault::default()
+        }));
         let (source, place) = (small(), ToyDestination::default());
         let receiver = receiver_options();
         let outcomes = receiver.outcomes.clone();

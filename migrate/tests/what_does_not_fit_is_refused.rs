@@ -230,7 +230,7 @@ fn a_flipped_bit_in_any_answer() {
     for at in 0..200 {
         let flip = Fault {
             flip: Some((at, u8::try_from(at % 8).unwrap())),
-            cut: None,
+            ..Fault::default()
         };
         let (near, far, threads) = line([Fault::default(), flip]);
         let (source, place) = (ToySource::new(12), ToyDestination::default());

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used)] // a helper that fails fails its test
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -14,6 +16,9 @@ use gleaner_bitmap::{
     BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE, PageRange, Slot, SlotKey,
 };
 use gleaner_migrate::*;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{Shutdown, shutdown};
 
 type Ram = Arc<MappedMemory>;
 
@@ -127,6 +132,13 @@ impl Guest {
             .unwrap()
             .copy_from(&[0u8; 4096]);
         self.log.insert((block, page));
+    }
+
+    /// All of it is dirty again, as at the start of each attempt.
+    pub fn touch(&mut self) {
+        for (id, (info, _)) in &self.blocks {
+            self.log.extend((0..info.pages).map(|page| (*id, page)));
+        }
     }
 
     pub fn no_leases(&self) -> bool {
@@ -392,51 +404,111 @@ pub fn assert_same(source: &ToySource, place: &ToyDestination) {
 }
 
 /// What a line does with the bytes of one direction.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Debug)]
 pub struct Fault {
     /// Breaks, both ways, after so many bytes.
     pub cut: Option<u64>,
+    /// Is reset, both ways, after so many bytes: what is under way is lost, and neither end sees an end of the stream.
+    pub reset: Option<u64>,
+    /// Carries nothing more after so many bytes, until its sender gives up.
+    pub stall: Option<u64>,
+    /// Carries at most so many bytes at a time.
+    pub pieces: Option<usize>,
     /// Flips this bit of this byte.
     pub flip: Option<(u64, u8)>,
 }
 
-/// A line between two streams. Its threads say how many bytes went through, source to destination first.
-pub fn line(faults: [Fault; 2]) -> (Stream, Stream, [thread::JoinHandle<u64>; 2]) {
-    let (near, a) = UnixStream::pair().unwrap();
-    let (b, far) = UnixStream::pair().unwrap();
-    let carry = |from: &UnixStream, to: &UnixStream, fault: Fault| {
-        let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-        thread::spawn(move || {
-            let mut gone = 0u64;
-            let mut buffer = vec![0; 64 << 10];
-            loop {
-                let most = fault.cut.map_or(buffer.len() as u64, |cut| cut - gone);
-                let most = buffer.len().min(usize::try_from(most).unwrap());
-                if most == 0 {
-                    let _ = from.shutdown(Shutdown::Both);
-                    let _ = to.shutdown(Shutdown::Both);
-                    return gone;
-                }
-                let n = match from.read(&mut buffer[..most]) {
-                    Ok(0) | Err(_) => break,
-                    Ok(n) => n,
-                };
-                let hit = fault.flip.and_then(|(at, bit)| {
-                    let at = usize::try_from(at.checked_sub(gone)?).ok()?;
-                    Some((buffer[..n].get_mut(at)?, bit))
-                });
-                if let Some((byte, bit)) = hit {
-                    *byte ^= 1 << bit;
-                }
-                if to.write_all(&buffer[..n]).is_err() {
-                    break;
-                }
-                gone += n as u64;
+impl Fault {
+    /// How many of `len` bytes go through next, when `gone` have.
+    fn room(&self, gone: u64, len: usize) -> usize {
+        let ends = [self.cut, self.reset, self.stall].into_iter().flatten();
+        let left = ends.map(|end| usize::try_from(end - gone).unwrap());
+        left.chain(self.pieces).fold(len, usize::min)
+    }
+
+    /// Nothing more goes through: what that means.
+    fn happen(&self, from: &File, to: &File) {
+        if self.reset.is_some() {
+            // To the kernel, disconnecting a connected TCP socket is a reset.
+            rustix::net::connect_unspec(from).unwrap();
+            rustix::net::connect_unspec(to).unwrap();
+        } else if self.stall.is_some() {
+            let mut end = [PollFd::new(from, PollFlags::RDHUP)];
+            while poll(&mut end, None) == Err(Errno::INTR) {}
+            let _ = shutdown(to, Shutdown::Write);
+        } else {
+            let _ = shutdown(from, Shutdown::Both);
+            let _ = shutdown(to, Shutdown::Both);
+        }
+    }
+
+    /// Carries one direction; the bytes that went through.
+    fn carry(self, mut from: File, mut to: File) -> u64 {
+        let mut gone = 0u64;
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let most = self.room(gone, buffer.len());
+            if most == 0 {
+                self.happen(&from, &to);
+                return gone;
             }
-            let _ = to.shutdown(Shutdown::Write);
-            gone
-        })
+            let n = match from.read(&mut buffer[..most]) {
+                Ok(0) | Err(_) => break,
+                Ok(n) => n,
+            };
+            let hit = self.flip.and_then(|(at, bit)| {
+                let at = usize::try_from(at.checked_sub(gone)?).ok()?;
+                Some((buffer[..n].get_mut(at)?, bit))
+            });
+            if let Some((byte, bit)) = hit {
+                *byte ^= 1 << bit;
+            }
+            if to.write_all(&buffer[..n]).is_err() {
+                break;
+            }
+            gone += n as u64;
+        }
+        let _ = shutdown(&to, Shutdown::Write);
+        gone
+    }
+}
+
+/// A line between two streams. Its threads say how many bytes went through, source to destination first.
+pub fn line(faults: [Fault; 2]) -> Line {
+    between(
+        UnixStream::pair().unwrap(),
+        UnixStream::pair().unwrap(),
+        faults,
+    )
+}
+
+/// The same by TCP, which can be reset.
+pub fn tcp_line(faults: [Fault; 2]) -> Line {
+    let pair = || {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let far = listener.accept().unwrap().0;
+        for end in [&near, &far] {
+            end.set_nodelay(true).unwrap();
+        }
+        (near, far)
+    };
+    between(pair(), pair(), faults)
+}
+
+pub type Line = (Stream, Stream, [thread::JoinHandle<u64>; 2]);
+
+/// What lies between the first half of `here` and the second of `there`.
+fn between<S: Into<Stream> + Into<OwnedFd>>(
+    here: (S, S),
+    there: (S, S),
+    faults: [Fault; 2],
+) -> Line {
+    let (a, b): (OwnedFd, OwnedFd) = (here.1.into(), there.0.into());
+    let carry = |from: &OwnedFd, to: &OwnedFd, fault: Fault| {
+        let [from, to] = [from, to].map(|end| File::from(end.try_clone().unwrap()));
+        thread::spawn(move || fault.carry(from, to))
     };
     let threads = [carry(&a, &b, faults[0]), carry(&b, &a, faults[1])];
-    (near.into(), far.into(), threads)
+    (here.0.into(), there.1.into(), threads)
 }
