@@ -297,7 +297,7 @@ impl LayoutEditor {
     /// Joins two slots that continue each other in guest-physical space and in their block; the lower id stays.
     ///
     /// # Errors
-    /// [`Error::UnknownSlot`], [`Error::NotAdjacent`].
+    /// [`Error::UnknownSlot`], [`Error::NotAdjacent`], [`Error::UnknownBlock`] when their block was removed.
     pub fn merge(&mut self, lower: SlotKey, upper: SlotKey) -> Result<()> {
         let (a, b) = (self.get(lower)?, self.get(upper)?);
         let joined = a.key.address_space == b.key.address_space
@@ -313,6 +313,10 @@ impl LayoutEditor {
         }
         self.delete(upper)?;
         self.resize(lower, a.range.pages + b.range.pages)
+            .inspect_err(|_| {
+                // Their block was removed, say.
+                self.next.slots.insert(upper, b);
+            })
     }
 
     /// The layout that results, its generation one above the one it came from.
@@ -446,6 +450,17 @@ mod tests {
         e.move_to(1.into(), 500 * PAGE_SIZE).unwrap();
         e.move_to(2.into(), 0).unwrap();
         assert!(e.finish().is_ok());
+    }
+
+    #[test]
+    fn a_refused_merge_leaves_both_slots() {
+        let mut e = base();
+        e.split(1.into(), 200, 2.into()).unwrap();
+        e.remove_block(BlockId(0)).unwrap();
+        let merged = e.merge(1.into(), 2.into());
+        assert!(matches!(merged, Err(Error::UnknownBlock { .. })));
+        assert_eq!(e.delete(1.into()).unwrap().range, PageRange::new(0, 200));
+        assert_eq!(e.delete(2.into()).unwrap().range, PageRange::new(200, 300));
     }
 
     #[test]
