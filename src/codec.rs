@@ -11,8 +11,9 @@ pub fn encode<const LIMIT: usize>(value: &impl Serialize) -> Result<Vec<u8>, Str
     bincode::serde::encode_to_vec(value, config::<LIMIT>()).map_err(|e| e.to_string())
 }
 
-/// Decodes a value that came from elsewhere. Allocates no more than `LIMIT` bytes whatever the bytes say, and takes
-/// nothing that has bytes left over.
+/// Decodes a value that came from elsewhere, and takes nothing that has bytes left over. Whatever the bytes say, texts come
+/// to no more than `LIMIT` bytes, and lists to four times that: an entry may be longer in memory than what counts against
+/// the limit, and lists double as they grow.
 pub fn decode<const LIMIT: usize, T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let (value, used) =
         bincode::serde::decode_from_slice(bytes, config::<LIMIT>()).map_err(|e| e.to_string())?;

@@ -7,18 +7,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Slot};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::codec;
 
 /// Version of these messages.
 pub const VERSION: u32 = 1;
-
-/// Longest request in bytes.
-const REQUEST_LIMIT: usize = 4 << 10;
-/// Longest response: a layout of 32,764 slots is below 2 MiB, machine state may be more.
-const RESPONSE_LIMIT: usize = 64 << 20;
 
 /// What the agent asks.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -117,18 +112,50 @@ fn invalid(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
-fn send<const LIMIT: usize>(
-    stream: &mut UnixStream,
-    message: &impl Serialize,
-    fd: Option<&OwnedFd>,
-) -> io::Result<()> {
-    let bytes = codec::encode::<LIMIT>(message).map_err(invalid)?;
-    let length = u32::try_from(bytes.len()).map_err(|_| invalid("message too long"))?;
-    if bytes.len() > LIMIT {
+/// The two directions differ in their message alone, and in how long it may be.
+macro_rules! bytes {
+    ($message:ident, $limit:expr) => {
+        impl $message {
+            /// Longest message in bytes. Decoding any bytes allocates at most four times as much.
+            pub const LIMIT: usize = $limit;
+
+            /// The bytes of a frame after its length.
+            ///
+            /// # Errors
+            /// [`io::ErrorKind::InvalidData`] for a message over its limit.
+            pub fn encode(&self) -> io::Result<Vec<u8>> {
+                let bytes = codec::encode::<{ Self::LIMIT }>(self).map_err(invalid)?;
+                check_length(bytes.len(), Self::LIMIT)?;
+                Ok(bytes)
+            }
+
+            /// Reads the bytes of a frame after its length, as a peer sent them.
+            ///
+            /// # Errors
+            /// [`io::ErrorKind::InvalidData`] for what is no message, or more than one, or over the limit.
+            pub fn decode(bytes: &[u8]) -> io::Result<Self> {
+                check_length(bytes.len(), Self::LIMIT)?;
+                codec::decode::<{ Self::LIMIT }, Self>(bytes).map_err(invalid)
+            }
+        }
+    };
+}
+
+// A layout of 32,764 slots is below 2 MiB, machine state may be more.
+bytes!(Request, 4 << 10);
+bytes!(Response, 64 << 20);
+
+fn check_length(length: usize, limit: usize) -> io::Result<()> {
+    if length > limit {
         return Err(invalid(format!(
-            "message of {length} bytes is longer than {LIMIT}"
+            "message of {length} bytes is longer than {limit}"
         )));
     }
+    Ok(())
+}
+
+fn send(stream: &mut UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
+    let length = u32::try_from(bytes.len()).map_err(|_| invalid("message too long"))?;
     let header = length.to_le_bytes();
     match fd {
         Some(fd) => {
@@ -139,13 +166,14 @@ fn send<const LIMIT: usize>(
         }
         None => stream.write_all(&header)?,
     }
-    stream.write_all(&bytes)
+    stream.write_all(bytes)
 }
 
 /// `None` at the end of the stream between two messages.
-fn receive<const LIMIT: usize, T: DeserializeOwned>(
+fn receive(
     stream: &mut UnixStream,
-) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+    limit: usize,
+) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
     let mut header = [0; 4];
     let (got, file) = loop {
         match stream.recv_with_fd(&mut header) {
@@ -159,23 +187,19 @@ fn receive<const LIMIT: usize, T: DeserializeOwned>(
     }
     stream.read_exact(&mut header[got..])?;
     let length = u32::from_le_bytes(header) as usize;
-    if length > LIMIT {
-        return Err(invalid(format!(
-            "message of {length} bytes is longer than {LIMIT}"
-        )));
-    }
+    check_length(length, limit)?;
     let mut bytes = vec![0; length];
     stream.read_exact(&mut bytes)?;
-    let message = codec::decode::<LIMIT, T>(&bytes).map_err(invalid)?;
-    Ok(Some((message, file.map(OwnedFd::from))))
+    Ok(Some((bytes, file.map(OwnedFd::from))))
 }
 
 pub fn send_request(stream: &mut UnixStream, request: &Request) -> io::Result<()> {
-    send::<REQUEST_LIMIT>(stream, request, None)
+    send(stream, &request.encode()?, None)
 }
 
 pub fn receive_request(stream: &mut UnixStream) -> io::Result<Option<Request>> {
-    Ok(receive::<REQUEST_LIMIT, _>(stream)?.map(|(request, _)| request))
+    let frame = receive(stream, Request::LIMIT)?;
+    frame.map(|(bytes, _)| Request::decode(&bytes)).transpose()
 }
 
 pub fn send_response(
@@ -183,9 +207,10 @@ pub fn send_response(
     response: &Response,
     fd: Option<&OwnedFd>,
 ) -> io::Result<()> {
-    send::<RESPONSE_LIMIT>(stream, response, fd)
+    send(stream, &response.encode()?, fd)
 }
 
 pub fn receive_response(stream: &mut UnixStream) -> io::Result<(Response, Option<OwnedFd>)> {
-    receive::<RESPONSE_LIMIT, _>(stream)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    let (bytes, fd) = receive(stream, Response::LIMIT)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok((Response::decode(&bytes)?, fd))
 }

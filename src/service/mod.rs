@@ -22,6 +22,6 @@ mod session;
 
 pub use client::{Attach, ServiceClient};
 pub use exchange::{Exchange, SocketExchange};
-pub use message::{Request, Response, VERSION};
+pub use message::{LeaseMessage, Request, Response, VERSION};
 pub use server::{Service, ServiceSocket};
 pub use session::{Reply, Session, SessionSource};
