@@ -16,13 +16,16 @@ fn word(host: &HostRange, at: u64) -> Option<&AtomicU64> {
     inside.then(|| unsafe { AtomicU64::from_ptr(pointer) })
 }
 
-/// What is outside or not aligned loads as 0: a guest can do no harm with it.
-pub(super) fn load(host: &HostRange, at: u64) -> u64 {
-    word(host, at).map_or(0, |word| word.load(Ordering::Relaxed))
-}
-
-pub(super) fn store(host: &HostRange, at: u64, value: u64) {
-    if let Some(word) = word(host, at) {
-        word.store(value, Ordering::Relaxed);
+/// Loads a value, or stores one, and returns it. What is outside or not aligned loads as 0: a guest can do no harm with it.
+pub(super) fn access(host: &HostRange, at: u64, store: Option<u64>) -> u64 {
+    let word = word(host, at);
+    match store {
+        Some(value) => {
+            if let Some(word) = word {
+                word.store(value, Ordering::Relaxed);
+            }
+            value
+        }
+        None => word.map_or(0, |word| word.load(Ordering::Relaxed)),
     }
 }

@@ -12,18 +12,23 @@
 //! | page-modification log | one for each vCPU, flushed when it leaves or is full, by the slots of that moment |
 //! | rings | soft limit, RESET in batches of 64 pages, batches skipped for entries of no page, RESET that stops early |
 //! | SLOT_ZAP_ALL | a delete or move drops the mappings of all slots, and pages merely read afterwards count as dirty |
+//! | time | virtual, from what calls cost on a real KVM ([`Clock`]) |
 //! | errors | EEXIST, EINVAL, ENOENT, ENXIO for their causes; any other to order ([`Orders`]) |
+//!
+//! One call is none of KVM's: a list of changes, all of them or none ([`ListKvm`]).
 //!
 //! Memory is real: virtual vCPUs load and store in the blocks themselves. Bitmaps are in chunks that take no memory while
 //! they are all clear or all set.
 
 mod bitmaps;
+mod list;
 mod memory;
 mod rings;
 mod schedule;
 mod slots;
 mod sparse;
 mod state;
+mod time;
 mod vcpu;
 
 use std::io;
@@ -32,8 +37,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gleaner_bitmap::{PAGE_SIZE, PageRange, SlotKey};
 
+pub use list::{Fetched, Going, ListKvm, Listed};
 pub use schedule::{Call, Cut, Failure, Orders, Point, Schedule};
 pub use state::{Access, Counts, State};
+pub use time::Clock;
 pub use vcpu::{ModelExit, ModelVcpu, Program, StepVcpu};
 
 use crate::{Capabilities, Error, Kvm, Mode, Region, Reset, Result};
@@ -186,6 +193,7 @@ fn set(
             return Err(errno(libc::EEXIST));
         }
         state.create(region);
+        state.spend(time::CREATE.of(region.pages()));
         return Ok(());
     };
     let fixed = slot.pages == region.pages()
@@ -199,10 +207,11 @@ fn set(
         if state.slots.is_taken(region) {
             return Err(errno(libc::EEXIST));
         }
-        state.slots.invalidate(region.key);
+        state.slots.invalidate(&[region.key]);
         at(Point::Invalid(region.key), state);
         state.slots.place(region);
         state.after_removal();
+        state.spend(time::MOVE.of(region.pages()));
     } else if switches {
         state.slots.replace();
     }
@@ -254,10 +263,12 @@ impl Kvm for ModelKvm {
             if state.slots.get(key).is_none() {
                 return Err(errno(libc::EINVAL));
             }
-            state.slots.invalidate(key);
+            let pages = state.pages_in(key);
+            state.slots.invalidate(&[key]);
             at(Point::Invalid(key), state);
             state.slots.remove(key);
             state.after_removal();
+            state.spend(time::DELETE.of(pages));
             Ok(())
         })
     }
@@ -276,7 +287,9 @@ impl Kvm for ModelKvm {
             if state.rings() {
                 return Err(errno(libc::ENXIO));
             }
-            state.get(key, words, at)
+            state.get(key, words, at)?;
+            state.spend(time::fetch(words));
+            Ok(())
         })
     }
 

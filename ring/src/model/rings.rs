@@ -33,6 +33,11 @@ impl Ring {
         Arc::clone(&self.entries)
     }
 
+    /// How many entries it has got so far; wraps.
+    pub(super) const fn written(&self) -> u32 {
+        self.dirty
+    }
+
     pub(super) const fn is_full(&self) -> bool {
         self.dirty.wrapping_sub(self.reset) >= self.limit
     }

@@ -11,6 +11,8 @@ pub enum Call {
     Set,
     /// A slot is deleted.
     Delete,
+    /// A list of changes, all at once.
+    List,
     /// `KVM_GET_DIRTY_LOG`.
     Get,
     /// `KVM_CLEAR_DIRTY_LOG`.
@@ -28,6 +30,8 @@ pub enum Point {
     Before(Call),
     /// A slot is invalid: accesses to it find no memory.
     Invalid(SlotKey),
+    /// A list call has made its new slots visible. Unless the old ones were invalid first, their mappings are still there.
+    Swapped,
     /// The dirty log is being taken, page after page. KVM's memory lock is held: what needs a fault has to wait.
     Taking,
     /// Some ring entries have been reset.

@@ -38,10 +38,48 @@ impl Slot {
         }
     }
 
-    /// Drops its mappings: the next access to each page is a fault.
-    pub(super) fn zap(&mut self) {
+    /// As KVM was told of it.
+    pub(super) fn region(&self, key: SlotKey) -> Region {
+        Region {
+            key,
+            gpa: self.gpa,
+            host: self.host.clone(),
+            log: self.log,
+            readonly: self.readonly,
+        }
+    }
+
+    /// Its log begins, with all bits set or none, or ends. With rings it has no bits.
+    pub(super) fn start_log(&mut self, log: bool, rings: bool, all_set: bool) {
+        self.log = log;
+        self.dirty = (log && !rings).then(|| Sparse::new(self.pages));
+        if let Some(dirty) = self.dirty.as_mut().filter(|_| all_set) {
+            dirty.fill(true);
+        }
+        // Where all bits are set, protecting is left to the clearing of them; also with rings, which have no bits.
+        if log && !all_set {
+            self.writable.fill(false);
+        }
+    }
+
+    /// What is mapped, where it was mapped, and nothing else; it has no mappings then.
+    pub(super) fn take_mappings(&mut self) -> Self {
+        let none = Sparse::new(self.pages);
+        Self {
+            host: self.host.clone(),
+            dirty: None,
+            mapped: std::mem::replace(&mut self.mapped, none.clone()),
+            writable: std::mem::replace(&mut self.writable, none),
+            ..*self
+        }
+    }
+
+    /// Drops its mappings: the next access to each page is a fault. How many there were.
+    pub(super) fn zap(&mut self) -> u64 {
+        let zapped = self.mapped.count();
         self.mapped.fill(false);
         self.writable.fill(false);
+        zapped
     }
 }
 
@@ -64,6 +102,10 @@ impl Entry {
             invalid: false,
         }
     }
+
+    const fn page(&self, gpa: u64) -> (SlotKey, u64) {
+        (self.key, (gpa - self.gpa) / PAGE_SIZE)
+    }
 }
 
 /// All slots. vCPUs look at the active list; a change is made in the inactive one, and then they are swapped. What passes
@@ -76,6 +118,7 @@ pub(super) struct Slots {
     active: usize,
     all: BTreeMap<SlotKey, Slot>,
     pub(super) swaps: u64,
+    pub(super) zapped: u64,
 }
 
 impl Slots {
@@ -87,16 +130,29 @@ impl Slots {
         self.all.get_mut(&key)
     }
 
+    pub(super) const fn all(&self) -> &BTreeMap<SlotKey, Slot> {
+        &self.all
+    }
+
     pub(super) fn zap_all(&mut self) {
-        self.all.values_mut().for_each(Slot::zap);
+        self.zapped += self.all.values_mut().map(Slot::zap).sum::<u64>();
+    }
+
+    fn entry(&self, gpa: u64) -> Option<&Entry> {
+        let list = &self.lists[self.active];
+        let after = list.partition_point(|e| e.key.address_space == 0 && e.gpa <= gpa);
+        list[..after].last().filter(|e| gpa < e.end)
     }
 
     /// The slot and the page of it that an access in address space 0 finds.
     pub(super) fn find(&self, gpa: u64) -> Option<(SlotKey, u64)> {
-        let list = &self.lists[self.active];
-        let after = list.partition_point(|e| e.key.address_space == 0 && e.gpa <= gpa);
-        let entry = list[..after].last()?;
-        (gpa < entry.end && !entry.invalid).then(|| (entry.key, (gpa - entry.gpa) / PAGE_SIZE))
+        let entry = self.entry(gpa).filter(|e| !e.invalid)?;
+        Some(entry.page(gpa))
+    }
+
+    /// The slot and the page of it that a mark in a log finds: an invalid slot still has its log.
+    pub(super) fn find_log(&self, gpa: u64) -> Option<(SlotKey, u64)> {
+        Some(self.entry(gpa)?.page(gpa))
     }
 
     /// Whether another slot of the same address space is in the way.
@@ -125,16 +181,29 @@ impl Slots {
         self.change(|list| list.push(Entry::of(region)));
     }
 
-    /// The first half of a delete or a move.
-    pub(super) fn invalidate(&mut self, key: SlotKey) {
+    /// The first half of deletes and moves.
+    pub(super) fn invalidate(&mut self, keys: &[SlotKey]) {
         self.change(|list| {
-            for entry in list.iter_mut().filter(|e| e.key == key) {
+            for entry in list.iter_mut().filter(|e| keys.contains(&e.key)) {
                 entry.invalid = true;
             }
         });
-        if let Some(slot) = self.get_mut(key) {
-            slot.zap();
+        for key in keys {
+            self.zapped += self.get_mut(*key).map_or(0, Slot::zap);
         }
+    }
+
+    /// Whatever changes in the table, vCPUs see it at once.
+    pub(super) fn rewrite(&mut self, rewrite: impl FnOnce(&mut BTreeMap<SlotKey, Slot>)) {
+        rewrite(&mut self.all);
+        let entries = self.all.iter().map(|(key, slot)| Entry {
+            key: *key,
+            gpa: slot.gpa,
+            end: slot.gpa + slot.pages * PAGE_SIZE,
+            invalid: false,
+        });
+        let next: Vec<Entry> = entries.collect();
+        self.change(|list| *list = next);
     }
 
     /// The second half of a delete.

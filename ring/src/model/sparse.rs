@@ -96,6 +96,16 @@ impl Sparse {
         self.word(page / 64) >> (page % 64) & 1 == 1
     }
 
+    pub(super) fn count(&self) -> u64 {
+        let mut count = 0;
+        let mut index = self.next(0);
+        while index < self.words() {
+            count += u64::from(self.word(index).count_ones());
+            index = self.next(index + 1);
+        }
+        count
+    }
+
     pub(super) fn set(&mut self, page: u64) {
         let (chunk, word) = at(page / 64);
         if !matches!(self.chunks[chunk], Chunk::Set) {
@@ -150,6 +160,7 @@ mod tests {
                 got.extend((0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| index * 64 + bit));
                 index = sparse.next(index + 1);
             }
+            prop_assert_eq!(sparse.count(), oracle.len() as u64);
             prop_assert_eq!(got, oracle);
         }
     }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use gleaner_bitmap::{PAGE_SIZE, PageRange, SlotKey};
 
+use super::list::Listing;
 use super::memory;
 use super::rings::Ring;
 use super::schedule::Orders;
 use super::slots::{Slot, Slots};
-use super::sparse::Sparse;
+use super::time::Clock;
 use super::{Bug, ModelConfig};
 use crate::dirty_ring::Entries;
 use crate::{Mode, Region};
@@ -27,7 +28,7 @@ pub enum Access {
     Missed,
     /// The page is mapped now, but the dirty ring is full: the vCPU has to leave, and to try again.
     RingFull,
-    /// It needs KVM's memory lock, which is held.
+    /// It needs KVM's memory lock, which is held, or a slot that a list call is about to change: it is tried again.
     Stalled,
 }
 
@@ -45,6 +46,8 @@ struct Vcpu {
 pub struct Counts {
     /// Swaps of the slot lists.
     pub swaps: u64,
+    /// Mappings that deletes and moves dropped: each costs a fault at the next access.
+    pub zapped: u64,
     /// Entries of rings that KVM skipped at a RESET, because their slot was gone or too short.
     pub skipped: u64,
     /// Dirtied pages that no log has: a full ring, a slot that went before its page-modification log was flushed.
@@ -65,6 +68,9 @@ pub struct State {
     vcpus: Vec<Vcpu>,
     /// KVM's memory lock is held by a call: no fault can be served.
     locked: bool,
+    /// What a list call has under way.
+    pub(super) listing: Listing,
+    pub(super) clock: Clock,
     counts: Counts,
     /// What goes wrong.
     pub orders: Orders,
@@ -80,6 +86,8 @@ impl State {
             slots: Slots::default(),
             vcpus: Vec::new(),
             locked: false,
+            listing: Listing::default(),
+            clock: Clock::default(),
             counts: Counts::default(),
             orders: Orders::default(),
         }
@@ -98,6 +106,7 @@ impl State {
     pub const fn counts(&self) -> Counts {
         Counts {
             swaps: self.slots.swaps,
+            zapped: self.slots.zapped,
             ..self.counts
         }
     }
@@ -126,6 +135,15 @@ impl State {
 
     pub(super) fn ring_entries(&self, vcpu: usize) -> Option<Arc<Entries>> {
         Some(self.vcpus[vcpu].ring.as_ref()?.entries())
+    }
+
+    pub(super) fn ring_entries_written(&self) -> Vec<u32> {
+        let rings = self.vcpus.iter().filter_map(|v| v.ring.as_ref());
+        rings.map(Ring::written).collect()
+    }
+
+    pub(super) fn anyone_inside(&self) -> bool {
+        self.vcpus.iter().any(|v| v.inside)
     }
 
     /// Whether a vCPU is in `KVM_RUN`.
@@ -162,12 +180,25 @@ impl State {
         all.filter_map(|gpa| Some(self.peek(*gpa)?.0)).collect()
     }
 
+    /// A vCPU's page-modification log goes to the logs of the slots that have its addresses now, invalid ones included.
     fn flush_pml(&mut self, vcpu: usize) {
         for gpa in std::mem::take(&mut self.vcpus[vcpu].pml) {
-            match self.slots.find(gpa) {
+            match self.slots.find_log(gpa) {
                 Some((key, page)) => self.mark(vcpu, key, page),
                 None => self.counts.unlogged += 1,
             }
+        }
+    }
+
+    pub(super) fn flush_all_pml(&mut self) {
+        (0..self.vcpus.len()).for_each(|vcpu| self.flush_pml(vcpu));
+    }
+
+    /// The CPU enters an address into its page-modification log; a full one makes it leave.
+    pub(super) fn log_by_cpu(&mut self, vcpu: usize, gpa: u64) {
+        self.vcpus[vcpu].pml.push(gpa);
+        if self.vcpus[vcpu].pml.len() >= PML_ENTRIES as usize {
+            self.flush_pml(vcpu);
         }
     }
 
@@ -208,10 +239,7 @@ impl State {
         slot.writable.set(page);
         if by_cpu && slot.log {
             let gpa = slot.gpa + page * PAGE_SIZE;
-            self.vcpus[vcpu].pml.push(gpa);
-            if self.vcpus[vcpu].pml.len() >= PML_ENTRIES as usize {
-                self.flush_pml(vcpu);
-            }
+            self.log_by_cpu(vcpu, gpa);
         } else {
             self.mark(vcpu, key, page);
         }
@@ -234,9 +262,12 @@ impl State {
 
     /// A vCPU has the fault of a store, and does not come to store.
     pub fn touch(&mut self, vcpu: usize, gpa: u64) -> Access {
+        if self.through_left_over(vcpu, gpa, true).is_some() {
+            return Access::Done(0);
+        }
         match self.writable_slot(gpa) {
             Some((key, page)) => self.fault(vcpu, key, page, true),
-            None => Access::Missed,
+            None => self.nothing_at(gpa),
         }
     }
 
@@ -256,13 +287,16 @@ impl State {
     }
 
     fn access(&mut self, vcpu: usize, gpa: u64, store: Option<u64>) -> Access {
+        if let Some((host, at)) = self.through_left_over(vcpu, gpa, store.is_some()) {
+            return Access::Done(memory::access(&host, at, store));
+        }
         let found = if store.is_some() {
             self.writable_slot(gpa)
         } else {
             self.slots.find(gpa)
         };
         let Some((key, page)) = found else {
-            return Access::Missed;
+            return self.nothing_at(gpa);
         };
         match self.fault(vcpu, key, page, store.is_some()) {
             Access::Done(_) => {}
@@ -272,13 +306,7 @@ impl State {
             return Access::Missed;
         };
         let at = page * PAGE_SIZE + gpa % PAGE_SIZE;
-        match store {
-            Some(value) => {
-                memory::store(&slot.host, at, value);
-                Access::Done(value)
-            }
-            None => Access::Done(memory::load(&slot.host, at)),
-        }
+        Access::Done(memory::access(&slot.host, at, store))
     }
 
     // ---- slots and logs; arguments have been checked
@@ -304,19 +332,16 @@ impl State {
         self.manual
     }
 
+    /// Whether there are rings, and whether the bits of a new log are all set.
+    pub(super) const fn new_logs(&self) -> (bool, bool) {
+        (self.rings(), self.initially_set)
+    }
+
     /// The log of a slot begins or ends.
     pub(super) fn start_log(&mut self, key: SlotKey, log: bool) {
-        let (rings, all) = (self.rings(), self.initially_set);
+        let (rings, all_set) = self.new_logs();
         if let Some(slot) = self.slots.get_mut(key) {
-            slot.log = log;
-            slot.dirty = (log && !rings).then(|| Sparse::new(slot.pages));
-            if let Some(dirty) = slot.dirty.as_mut().filter(|_| all) {
-                dirty.fill(true);
-            }
-            // Where all bits are set, protecting is left to the clearing of them; also with rings, which have no bits.
-            if log && !all {
-                slot.writable.fill(false);
-            }
+            slot.start_log(log, rings, all_set);
         }
     }
 

@@ -185,7 +185,7 @@ impl Kick for Leave {
     fn set_immediate_exit(&self, _on: bool) {}
 
     fn interrupt(&self) {
-        self.kvm.state().leave(self.index);
+        self.kvm.state().kick(self.index);
     }
 
     fn is_threadless(&self) -> bool {
