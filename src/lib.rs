@@ -42,12 +42,15 @@
 //!
 //! [`Tracker`] and its [`Transaction`]s; the [`gate`] that vCPU threads pass; [`LocalSource`], which a
 //! [`migrate::Sender`] drives in this process, and the [`service`], through which an agent in another process does; `vmm`, the
-//! reference VMM.
+//! reference VMM; [`compare`], what a call
+//! that KVM does not have would be worth.
 
 mod block;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod codec;
+#[cfg(feature = "cli")]
+pub mod compare;
 mod error;
 mod external;
 pub mod gate;

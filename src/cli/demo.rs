@@ -42,6 +42,9 @@ pub struct Demo {
     /// No switchover before so many slot transactions have happened.
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub transactions: u64,
+    /// No migration: compare ways to apply changes of memory slots, on a model of KVM.
+    #[arg(long)]
+    pub compare_apply: bool,
     /// Print one JSON object on standard output.
     #[arg(long)]
     pub json: bool,
@@ -61,6 +64,9 @@ impl Demo {
     /// Migrates a guest to this very process.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
+        if self.compare_apply {
+            return super::compare::run(output);
+        }
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
         let mut machine = Machine::new(&self.guest.machine(Some(Churn(Some(200.0)))))

@@ -1,5 +1,6 @@
 //! The command line: what it takes, and who does it.
 
+mod compare;
 mod demo;
 mod guest;
 mod options;

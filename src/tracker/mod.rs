@@ -24,6 +24,8 @@ use gleaner_ring::{BitmapSource, Capabilities, Kvm, Mode, RingSource, Vcpu};
 
 pub use builder::TrackerBuilder;
 pub use consumer::{Consumer, Leased};
+#[cfg(feature = "cli")]
+pub(crate) use plan::plan;
 pub use report::{Blackout, TransactionReport};
 pub use transaction::Transaction;
 
