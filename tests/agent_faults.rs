@@ -21,7 +21,7 @@ use gleaner::migrate::{
 };
 use gleaner::service::{Attach, Service, ServiceClient};
 use gleaner::vmm::guest::Workload;
-use gleaner::vmm::{IncomingMachine, Machine};
+use gleaner::vmm::{Backend, IncomingMachine, Machine};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// What happens to a message.
@@ -192,7 +192,7 @@ impl Host {
         let (near, far) = UnixStream::pair().unwrap();
         let ram = self.machine.ram().clone();
         let mut destination = IncomingMachine::new()
-            .resume(Tracking::Auto)
+            .resume(Backend::Kvm, Tracking::Auto)
             .on_complete(Box::new(move |blocks| {
                 let same = bytes_of(&blocks["ram"]) == bytes_of(&ram);
                 same.then_some(()).ok_or("pages differ".into())
