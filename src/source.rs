@@ -48,8 +48,8 @@ enum Guest {
 /// A [`Source`] on a tracker in this process, for one attempt: its consumer starts all-dirty, because nothing is known of
 /// what the destination holds, and is gone when the attempt has ended. Another attempt takes another `LocalSource`.
 ///
-/// Dropped before [`Source::relinquish`], the guest goes on; dropped after it, the guest must not be let go on, so the
-/// stopped guest is leaked: it may be running elsewhere.
+/// Dropped before [`Source::relinquish`], the guest goes on; dropped after it, the guest may be running elsewhere, and stays
+/// stopped here for good.
 pub struct LocalSource {
     tracker: Tracker,
     hooks: Box<dyn Hooks>,
@@ -243,8 +243,8 @@ impl Drop for LocalSource {
                 self.hooks.resume();
                 drop(stopped);
             }
-            // It may run elsewhere: here it stays stopped until the process ends.
-            Guest::Relinquished(stopped) | Guest::Away(stopped) => std::mem::forget(stopped),
+            // It may run elsewhere: here it stays stopped for good.
+            Guest::Relinquished(stopped) | Guest::Away(stopped) => stopped.keep(),
         }
     }
 }

@@ -30,7 +30,18 @@ pub struct Writing(Arc<Shared>);
 /// Nobody of the VMM's writes guest memory until this is dropped.
 #[derive(Debug)]
 #[must_use = "writers go on when it is dropped"]
-pub struct QuietWriters(Arc<Shared>);
+pub struct QuietWriters {
+    shared: Arc<Shared>,
+    /// Nor afterwards.
+    for_good: bool,
+}
+
+impl QuietWriters {
+    /// Keeps writers out for good: the guest runs elsewhere.
+    pub(crate) fn keep(mut self) {
+        self.for_good = true;
+    }
+}
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -88,7 +99,10 @@ impl Writers {
         let unfinished = state.writing > 0;
         drop(state);
         // Dropped on the error's path, it lets writers go on.
-        let quiet = QuietWriters(Arc::clone(&self.0));
+        let quiet = QuietWriters {
+            shared: Arc::clone(&self.0),
+            for_good: false,
+        };
         if unfinished {
             return Err(Error::WritersBusy(limit));
         }
@@ -111,8 +125,10 @@ impl Drop for Writing {
 
 impl Drop for QuietWriters {
     fn drop(&mut self) {
-        self.0.lock().quiet = false;
-        self.0.changed.notify_all();
+        if !self.for_good {
+            self.shared.lock().quiet = false;
+            self.shared.changed.notify_all();
+        }
     }
 }
 

@@ -83,11 +83,21 @@ impl<V: Vcpu> Drained<'_, V> {
 #[must_use = "dropping it lets the guest go on"]
 pub struct StoppedVcpus {
     gate: Arc<Gate>,
+    /// They stay parked when it is dropped, until the gate is shut down.
+    for_good: bool,
 }
 
 impl StoppedVcpus {
     pub(super) const fn new(gate: Arc<Gate>) -> Self {
-        Self { gate }
+        Self {
+            gate,
+            for_good: false,
+        }
+    }
+
+    /// Leaves them parked for good: the guest runs elsewhere. Only a shutdown ends their threads.
+    pub(crate) fn keep(mut self) {
+        self.for_good = true;
     }
 
     /// Asks every vCPU thread for its state; (vCPU, state), by vCPU.
@@ -122,6 +132,9 @@ impl StoppedVcpus {
 
 impl Drop for StoppedVcpus {
     fn drop(&mut self) {
+        if self.for_good {
+            return;
+        }
         let _inner = self.gate.lock();
         self.gate.word.fetch_and(!STOP, Ordering::SeqCst);
         self.gate.changed.notify_all();

@@ -288,7 +288,10 @@ impl Tracker {
         // A transaction that is under way is waited for here.
         self.0.lock().frozen = true;
         Ok(StoppedGuest {
-            thaw: Thaw(Arc::clone(&self.0)),
+            thaw: Thaw {
+                shared: Arc::clone(&self.0),
+                for_good: false,
+            },
             quiet,
             vcpus,
         })
@@ -304,8 +307,11 @@ impl Tracker {
 /// How long the VMM's writers may take to finish when the guest is stopped.
 const QUIET_LIMIT: Duration = Duration::from_secs(10);
 
-/// Lets the layout change again when it is dropped.
-struct Thaw(Arc<Shared>);
+/// Lets the layout change again when it is dropped, unless it is to stay as it is for good.
+struct Thaw {
+    shared: Arc<Shared>,
+    for_good: bool,
+}
 
 impl std::fmt::Debug for Thaw {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -315,7 +321,9 @@ impl std::fmt::Debug for Thaw {
 
 impl Drop for Thaw {
     fn drop(&mut self) {
-        self.0.lock().frozen = false;
+        if !self.for_good {
+            self.shared.lock().frozen = false;
+        }
     }
 }
 
@@ -324,14 +332,19 @@ impl Drop for Thaw {
 #[must_use = "dropping it lets the guest go on"]
 pub struct StoppedGuest {
     // In this order: the layout may change and writers go on before the vCPUs do.
-    #[allow(dead_code)] // for its drop
     thaw: Thaw,
-    #[allow(dead_code)] // for its drop
     quiet: QuietWriters,
     vcpus: StoppedVcpus,
 }
 
 impl StoppedGuest {
+    /// Leaves it stopped for good: it may run elsewhere. Its memory is given back with the tracker.
+    pub(crate) fn keep(mut self) {
+        self.thaw.for_good = true;
+        self.quiet.keep();
+        self.vcpus.keep();
+    }
+
     /// The stopped vCPUs, for saving their state.
     pub const fn vcpus(&self) -> &StoppedVcpus {
         &self.vcpus
