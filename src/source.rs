@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{BlockId, Layout, Start};
 use gleaner_migrate::{
     Error as MigrateError, Harvested, LeaseId, LeasedPart, PageLease, Result, Source,
@@ -104,7 +105,9 @@ impl LocalSource {
     /// What the destination of this attempt has says nothing about the next one's.
     fn end_attempt(&mut self) {
         self.leases.clear();
-        self.consumer = None;
+        if !mutant::is_planted(Mutant::AttemptOnConsumedBits) {
+            self.consumer = None;
+        }
     }
 
     fn take(&mut self, lease: LeaseId) -> Result<Leased> {

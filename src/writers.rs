@@ -3,6 +3,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use gleaner_bitmap::mutant::{self, Mutant};
+
 use crate::{Error, Result};
 
 /// Counts the VMM's writers. A write and its mark in the block's log happen under one [`Writing`]; the last harvest of a
@@ -95,8 +97,9 @@ impl Writers {
             return Err(Error::WritersBusy(limit));
         }
         state.quiet = true;
-        let state = wait(state, |s| s.writing > 0);
-        let unfinished = state.writing > 0;
+        let busy = |s: &mut State| s.writing > 0 && !mutant::is_planted(Mutant::WritersNotAwaited);
+        let mut state = wait(state, busy);
+        let unfinished = busy(&mut state);
         drop(state);
         // Dropped on the error's path, it lets writers go on.
         let quiet = QuietWriters {

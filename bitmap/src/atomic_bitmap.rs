@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use crate::bits::masked_words;
+use crate::mutant::{self, Mutant};
 use crate::primitive::AtomicU64;
 use crate::{PageRange, Result};
 
@@ -49,7 +50,11 @@ impl AtomicBitmap {
     /// When the range reaches past the bitmap.
     pub(crate) fn set_range(&self, range: PageRange) {
         masked_words(range.first, range.pages, |i, mask| {
-            self.word(i).fetch_or(mask, Ordering::Release);
+            let word = self.word(i);
+            let looks_first = mutant::is_planted(Mutant::LoadFirst);
+            if !(looks_first && word.load(Ordering::Relaxed) & mask == mask) {
+                word.fetch_or(mask, Ordering::Release);
+            }
         });
     }
 

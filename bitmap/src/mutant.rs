@@ -20,6 +20,52 @@ pub enum Mutant {
     /// Harvests publish first, and re-arm what they published when the next harvest begins. Plain bitmaps can't have this
     /// bug: fetching is re-arming.
     RearmLate,
+    /// Logging is switched off and on again around a change of slots.
+    LoggingToggled,
+    /// CLEAR is handed whole words, bits that were never fetched among them.
+    ClearedUnfetched,
+    /// What was fetched from several slots is cleared in the first of them alone.
+    ClearedInOneSlot,
+    /// A vCPU runs whose ring is not mapped.
+    RingUnmapped,
+    /// A transaction leaves entries in the rings, and the next layout reads them.
+    RingsNotDrained,
+    /// A RESET that returned early is taken for a whole one.
+    ShortResetTaken,
+    /// What the VMM itself writes is not marked.
+    WritesUnmarked,
+    /// What a harvest had collected when it failed is dropped.
+    ErrorDropsBits,
+    /// The place in the block is counted along, and not advanced over slots that are clean.
+    CleanSlotNotPassed,
+    /// The next attempt goes on with the bits that the last one left.
+    AttemptOnConsumedBits,
+    /// Devices are saved after the last harvest.
+    StateSavedLast,
+    /// A device goes without its log being harvested.
+    LogDroppedAtDetach,
+    /// A device that reports nothing is taken for clean.
+    SilentDeviceTaken,
+    /// Logs go on starting with all bits set, which are taken for truth.
+    InitialBitsTaken,
+    /// Buffers for dirty logs are not checked against the slot, in the model of KVM.
+    BufferUnchecked,
+    /// A bitmap that is too short for its range is taken for as far as it goes.
+    TailDropped,
+    /// A mark outside its log is ignored.
+    OutsideIgnored,
+    /// A mark looks first whether the bit is set, without a fence between the write and the look.
+    LoadFirst,
+    /// A short RESET is healed without closing the gate.
+    HealedWhileRunning,
+    /// A page on lease is leased again.
+    LeasedTwice,
+    /// Writers that have not finished are not waited for.
+    WritersNotAwaited,
+    /// What a harvest takes from its sources is in the store only after the next one.
+    PublishedLate,
+    /// The source resumes when it can't tell whether the destination runs.
+    DoubtTakenForFailure,
 }
 
 #[cfg(feature = "mutants")]

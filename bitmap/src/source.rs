@@ -65,7 +65,24 @@ pub trait DirtySource {
     fn rearm(&mut self) -> Result<Rearm>;
 }
 
-/// Bits on their way from a source to the store. Write-only to everybody but the [`Harvester`].
+/// Bits on their way from a source to the store. Write-only to everybody but the [`Harvester`], so nobody can read a page
+/// before it is re-armed:
+///
+/// ```compile_fail,E0616
+/// # use gleaner_bitmap::{BlockId, Collected};
+/// fn peek(collected: &Collected) -> Vec<BlockId> {
+///     collected.blocks.keys().copied().collect()
+/// }
+/// ```
+///
+/// Page numbers come out of the store, as a lease:
+///
+/// ```
+/// # use gleaner_bitmap::{BlockId, Consumer};
+/// fn lease(consumer: &Consumer) -> Option<Vec<BlockId>> {
+///     Some(consumer.lease(1)?.extents().iter().map(|e| e.block).collect())
+/// }
+/// ```
 #[derive(Debug, Default)]
 pub struct Collected {
     blocks: BTreeMap<BlockId, Staging>,
@@ -146,7 +163,24 @@ impl Collected {
         Ok(staging)
     }
 
-    /// Takes a slot's bitmap as KVM filled it: bit `n` is page `n` of the slot.
+    /// Takes a slot's bitmap as KVM filled it: bit `n` is page `n` of the slot. Where that is in the block, the slot itself
+    /// says:
+    ///
+    /// ```
+    /// # use gleaner_bitmap::{Collected, Result, Slot};
+    /// fn take(into: &mut Collected, slot: &Slot, words: &[u64]) -> Result<()> {
+    ///     into.or_slot(slot, words)
+    /// }
+    /// ```
+    ///
+    /// A place that is counted along, from slot to slot, can't be handed in:
+    ///
+    /// ```compile_fail,E0061
+    /// # use gleaner_bitmap::{Collected, Result, Slot};
+    /// fn take(into: &mut Collected, slot: &Slot, words: &[u64], place: u64) -> Result<()> {
+    ///     into.or_slot(slot, words, place)
+    /// }
+    /// ```
     ///
     /// # Errors
     /// [`Error::UnknownBlock`], [`Error::OutsideBlock`], [`Error::LengthMismatch`] when `words` is shorter than the slot.
@@ -242,8 +276,13 @@ impl Harvester {
         scope: Scope<'_>,
         store: &DirtyStore,
     ) -> Result<HarvestReport> {
-        self.collect_and_rearm(sources, layout, scope)?;
-        Ok(self.publish(Some(store)))
+        let late = mutant::is_planted(Mutant::PublishedLate).then(|| self.publish(Some(store)));
+        let collected = self.collect_and_rearm(sources, layout, scope);
+        if collected.is_err() && mutant::is_planted(Mutant::ErrorDropsBits) {
+            self.publish(None);
+        }
+        collected?;
+        Ok(late.unwrap_or_else(|| self.publish(Some(store))))
     }
 
     /// As [`Harvester::harvest`], but what was collected goes nowhere: for the start of logging, when nobody is owed

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::mutant::{self, Mutant};
 use crate::{BlockId, Consumer, Extent, PageBitmap, PageRange};
 
 /// Names a consumer of the store.
@@ -243,6 +244,9 @@ fn take_span(
             *left == 0
         };
         for leased in sets.leased.runs_in(run) {
+            if mutant::is_planted(Mutant::LeasedTwice) {
+                break;
+            }
             if free(PageRange::new(at, leased.first - at)) {
                 break 'runs;
             }

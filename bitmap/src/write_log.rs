@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use crate::atomic_bitmap::AtomicBitmap;
+use crate::mutant::{self, Mutant};
 use crate::{
     BlockId, Collected, DirtySource, Error, Layout, PAGE_SIZE, PageRange, Rearm, Result, Scope,
 };
@@ -46,12 +47,14 @@ impl Log {
 
     /// The block's pages that `len` bytes of a window touch.
     fn touched(&self, window: Window, offset: u64, len: u64) -> Option<PageRange> {
-        if len == 0 {
+        if len == 0 || mutant::is_planted(Mutant::WritesUnmarked) {
             return None;
         }
         if offset.checked_add(len).is_none_or(|end| end > window.len) {
             // The first one is kept; one is enough to fail every harvest.
-            let _ = self.outside.set((offset, len));
+            if !mutant::is_planted(Mutant::OutsideIgnored) {
+                let _ = self.outside.set((offset, len));
+            }
             return None;
         }
         let first = (window.start + offset) / PAGE_SIZE;

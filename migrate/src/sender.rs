@@ -21,6 +21,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{Layout, PAGE_SIZE};
 
 use crate::channel::StreamChannel;
@@ -227,7 +228,8 @@ impl Session<'_> {
     fn end(&mut self, error: Error) {
         let mut reason = error.to_string();
         let refused = matches!(error, Error::Refused { .. });
-        if self.link.limits.committed && !refused {
+        let in_doubt = self.link.limits.committed && !refused;
+        if in_doubt && !mutant::is_planted(Mutant::DoubtTakenForFailure) {
             self.report.status = Status::InDoubt;
             reason = format!(
                 "the destination was told to run and has not answered: {reason}; the guest stays stopped here, ask the \

@@ -1,5 +1,7 @@
 //! Switchover: the guest stops here and runs there, never at both ends.
 
+use gleaner_bitmap::mutant::{self, Mutant};
+
 use crate::policy::{Decision, Verdict};
 use crate::sender::{Session, unexpected};
 use crate::wire::{Message, Payload, StateBody};
@@ -14,12 +16,15 @@ impl Session<'_> {
         self.stopped = Some(self.clock().now());
         self.source.stop()?;
         // Saving state dirties memory, so the last harvest comes after it.
-        let state = self.source.state()?;
+        let mut state = self.source.state()?;
         let dirty = self.harvest()?.dirty_pages;
         self.history.remaining_pages = dirty;
         let leased = self.send_pages(None)?;
         if leased < dirty {
             return Err(Error::HeldBack { leased, dirty });
+        }
+        if mutant::is_planted(Mutant::StateSavedLast) {
+            state = self.source.state()?;
         }
         let generation = self
             .sent_layout

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{Collected, DirtySource, Layout, PageRange, Rearm, Runs, Scope, Slot};
 
 use crate::{Kvm, Result};
@@ -39,7 +40,10 @@ impl BitmapSource {
         for span in dirty_spans(words) {
             let first = span.first * 64;
             let end = (span.end() * 64).min(slot.range.pages);
-            let part = words_of(words, span);
+            let mut part = words_of(words, span);
+            if mutant::is_planted(Mutant::ClearedUnfetched) {
+                part = &[u64::MAX; 1 << 10][..part.len()];
+            }
             self.kvm
                 .clear_dirty_log(slot.key, PageRange::new(first, end - first), part)?;
         }
@@ -93,6 +97,7 @@ impl DirtySource for BitmapSource {
         // What an earlier attempt fetched and did not clear is fetched again, or still waits to be cleared.
         self.fetched
             .retain(|(slot, _)| !scope.covers(slot.key) && layout.slot(slot.key) == Some(slot));
+        let mut place = 0;
         for slot in layout
             .slots()
             .filter(|s| !s.readonly && scope.covers(s.key))
@@ -104,7 +109,12 @@ impl DirtySource for BitmapSource {
             if self.buffer.iter().all(|&w| w == 0) {
                 continue;
             }
-            into.or_slot(slot, &self.buffer)?;
+            let mut slot_at = *slot;
+            if mutant::is_planted(Mutant::CleanSlotNotPassed) {
+                slot_at.range.first = place;
+            }
+            place = slot_at.range.end();
+            into.or_slot(&slot_at, &self.buffer)?;
             if self.manual {
                 self.fetched.push((*slot, std::mem::take(&mut self.buffer)));
             }
@@ -114,7 +124,8 @@ impl DirtySource for BitmapSource {
 
     fn rearm(&mut self) -> gleaner_bitmap::Result<Rearm> {
         while let Some((slot, words)) = self.fetched.last() {
-            self.clear(slot, words)?;
+            let first = mutant::is_planted(Mutant::ClearedInOneSlot);
+            self.clear(if first { &self.fetched[0].0 } else { slot }, words)?;
             self.fetched.pop();
         }
         Ok(Rearm::Complete)

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use gleaner_bitmap::{PageRange, SlotKey};
 
-use crate::{Capabilities, Mode, Result};
+use crate::{Capabilities, Error, Mode, Result};
 
 /// Host memory that a slot may map, with what keeps it mapped.
 #[derive(Clone)]
@@ -84,6 +84,21 @@ impl Region {
     }
 }
 
+/// Whether `words` is the log of a slot of so many pages: no more and no less will do.
+///
+/// # Errors
+/// [`Error::LogBuffer`]; also when there is no slot.
+pub(crate) fn check_log(slot: SlotKey, pages: u64, words: &[u64]) -> Result<()> {
+    if pages > 0 && words.len() as u64 == pages.div_ceil(64) {
+        return Ok(());
+    }
+    Err(Error::LogBuffer {
+        slot,
+        pages,
+        words: words.len(),
+    })
+}
+
 /// What a RESET of the rings did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Reset {
@@ -120,7 +135,26 @@ pub trait Kvm: Send + Sync {
     /// [`crate::Error::SetRegion`]; the slot is as it was.
     fn delete_region(&self, key: SlotKey) -> Result<()>;
 
-    /// Fetches a slot's dirty log into `words`. Plain: fetches, clears and re-arms. With manual protection: only fetches.
+    /// Fetches a slot's dirty log into `words`, all of it: the kernel writes the slot's whole bitmap, whatever size its caller
+    /// believes in. So what is handed in is a buffer, which knows its length:
+    ///
+    /// ```
+    /// # use {gleaner_bitmap::SlotKey, gleaner_ring::{Kvm, Result}};
+    /// fn fetch(kvm: &dyn Kvm, slot: SlotKey, words: &mut [u64]) -> Result<()> {
+    ///     kvm.get_dirty_log(slot, words)
+    /// }
+    /// ```
+    ///
+    /// and never a size:
+    ///
+    /// ```compile_fail,E0308
+    /// # use {gleaner_bitmap::SlotKey, gleaner_ring::{Kvm, Result}};
+    /// fn fetch(kvm: &dyn Kvm, slot: SlotKey, bytes: usize) -> Result<()> {
+    ///     kvm.get_dirty_log(slot, bytes)
+    /// }
+    /// ```
+    ///
+    /// Plain: fetches, clears and re-arms. With manual protection: only fetches.
     ///
     /// # Errors
     /// [`crate::Error::GetDirtyLog`], [`crate::Error::LogBuffer`] when `words` is not exactly that of the slot.

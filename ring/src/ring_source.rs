@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{Collected, DirtySource, Layout, Rearm, Scope, Slot, SlotKey};
 
 use crate::{DirtyRing, Error, Kvm, Reset, Result, VcpuIdentity, with_signals_blocked};
@@ -98,6 +99,9 @@ impl RingSource {
             return Ok(Arc::clone(&known.handle));
         }
         let handle = Arc::new(RingHandle::default());
+        if mutant::is_planted(Mutant::RingUnmapped) {
+            return Ok(handle);
+        }
         self.rings.push(Ring {
             vcpu,
             identity,
@@ -211,9 +215,12 @@ impl DirtySource for RingSource {
     fn collect(
         &mut self,
         layout: &Layout,
-        _scope: Scope<'_>,
+        scope: Scope<'_>,
         into: &mut Collected,
     ) -> gleaner_bitmap::Result<()> {
+        if scope != Scope::All && mutant::is_planted(Mutant::RingsNotDrained) {
+            return Ok(());
+        }
         if self.unreset == 0 {
             self.reset_stale()?;
         }
@@ -252,13 +259,15 @@ impl DirtySource for RingSource {
                 attempts = if done == 0 { attempts + 1 } else { 0 };
             }
         }
-        Ok(if self.short {
-            Rearm::Short {
-                collected,
-                rearmed: collected - self.unreset,
-            }
-        } else {
-            Rearm::Complete
-        })
+        Ok(
+            if self.short && !mutant::is_planted(Mutant::ShortResetTaken) {
+                Rearm::Short {
+                    collected,
+                    rearmed: collected - self.unreset,
+                }
+            } else {
+                Rearm::Complete
+            },
+        )
     }
 }

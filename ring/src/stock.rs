@@ -15,6 +15,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::capabilities::{enable_manual_protect, manual_flags};
+use crate::kvm::check_log;
 use crate::signals::voluntary_switches;
 use crate::{Capabilities, Error, Kvm, Mode, Region, Reset, Result};
 
@@ -102,14 +103,7 @@ impl Kvm for StockKvm {
 
     fn get_dirty_log(&self, key: SlotKey, words: &mut [u64]) -> Result<()> {
         let regions = self.regions();
-        let pages = regions.get(&key).map_or(0, Region::pages);
-        if pages == 0 || words.len() as u64 != pages.div_ceil(64) {
-            return Err(Error::LogBuffer {
-                slot: key,
-                pages,
-                words: words.len(),
-            });
-        }
+        check_log(key, regions.get(&key).map_or(0, Region::pages), words)?;
         let mut arg = kvm_dirty_log {
             slot: key.raw(),
             ..Default::default()

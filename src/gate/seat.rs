@@ -42,6 +42,23 @@ impl<V: Vcpu> fmt::Debug for Turn<'_, V> {
 }
 
 /// What a vCPU thread holds to run its vCPU. It stays on the thread that registered it.
+///
+/// There is no other way to one than [`Tracker::register`](crate::Tracker::register), which maps the vCPU's ring first: no
+/// vCPU runs whose ring can't be read.
+///
+/// ```
+/// # use {gleaner::{Result, Tracker, gate::Seat}, kvm_ioctls::VcpuFd};
+/// fn seat(tracker: &Tracker, vcpu: &VcpuFd) -> Result<Seat> {
+///     tracker.register(vcpu, 0)
+/// }
+/// ```
+///
+/// ```compile_fail,E0624
+/// # use {gleaner::{Result, Tracker, gate::Seat}, kvm_ioctls::VcpuFd};
+/// fn seat(tracker: &Tracker, vcpu: &VcpuFd) -> Result<Seat> {
+///     Seat::new(tracker.gate(), vcpu, 0, None)
+/// }
+/// ```
 pub struct Seat {
     gate: Arc<Gate>,
     state: Arc<SeatState>,

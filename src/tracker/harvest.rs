@@ -1,5 +1,6 @@
 //! Harvests, under the VM-wide lock, and the healing of a log that could not be re-armed.
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{Collected, DirtySource, HarvestReport, Layout, Rearm, Scope, WriteLog};
 use gleaner_ring::MemslotCall;
 
@@ -56,7 +57,7 @@ impl Shared {
     pub(super) fn harvest_all(&self, state: &mut State) -> Result<HarvestReport> {
         match self.run(state, Ask::All, Scope::All) {
             Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {
-                let closed = self.gate.close()?;
+                let closed = self.close_to_heal()?;
                 self.heal(state, Ask::All, &closed)
             }
             other => other,
@@ -67,7 +68,7 @@ impl Shared {
     pub(super) fn reap(&self, state: &mut State) -> Result<()> {
         match self.run(state, Ask::Kvm, Scope::All) {
             Err(Error::Bitmap(gleaner_bitmap::Error::RearmShort { .. })) => {
-                let closed = self.gate.close()?;
+                let closed = self.close_to_heal()?;
                 self.heal(state, Ask::Kvm, &closed)?;
                 Ok(())
             }
@@ -134,6 +135,13 @@ impl Shared {
         let kvm = (state.logging && !state.broken) || matches!(state.log, KvmLog::Ring(_));
         let all = sources(&mut state.log, &mut logs, &mut external).skip(usize::from(!kvm));
         Ok(state.harvester.harvest(all, &layout, scope, &self.store)?)
+    }
+
+    fn close_to_heal(&self) -> Result<Closed<'_>> {
+        if mutant::is_planted(Mutant::HealedWhileRunning) {
+            return Ok(self.gate.pretend_closed());
+        }
+        self.gate.close()
     }
 
     /// Arms every page again after a RESET that stopped early, or after ring entries were lost: with every vCPU out, drain,

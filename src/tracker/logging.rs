@@ -1,5 +1,6 @@
 //! Switching the dirty log on for the first consumer and off after the last.
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_ring::{Mode, Region};
 
 use super::{Shared, State};
@@ -25,7 +26,7 @@ impl Shared {
             self.kvm.set_manual_protect(true, true)?;
         }
         let switched = self.switch_on(state);
-        let restored = if initially_set {
+        let restored = if initially_set && !mutant::is_planted(Mutant::InitialBitsTaken) {
             self.kvm.set_manual_protect(true, false)
         } else {
             Ok(())
@@ -56,7 +57,7 @@ impl Shared {
         state.logging = false;
     }
 
-    fn switch_on(&self, state: &State) -> gleaner_ring::Result<()> {
+    pub(super) fn switch_on(&self, state: &State) -> gleaner_ring::Result<()> {
         let mut regions = self.regions(state, true).into_iter();
         regions.try_for_each(|region| self.kvm.set_region("flags", &region))
     }

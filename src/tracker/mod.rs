@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{
     BlockId, DirtyStore, HarvestReport, Harvester, Layout, PageBitmap, PageRange, SlotKey, Start,
 };
@@ -172,7 +173,9 @@ impl Tracker {
     /// off everywhere then.
     pub fn consumer(&self, start: Start) -> Result<Consumer> {
         let mut state = self.0.lock();
-        if let Some(device) = state.unlogged.first() {
+        if let Some(device) = state.unlogged.first()
+            && !mutant::is_planted(Mutant::SilentDeviceTaken)
+        {
             return Err(Error::UnloggedWriter {
                 device: device.clone(),
             });
@@ -238,7 +241,13 @@ impl Tracker {
                     device: device.into(),
                     reason,
                 });
-            if let Err(error) = paused.and_then(|()| self.0.harvest_all(&mut state)) {
+            let harvested = paused.and_then(|()| {
+                if mutant::is_planted(Mutant::LogDroppedAtDetach) {
+                    return Ok(HarvestReport::default());
+                }
+                self.0.harvest_all(&mut state)
+            });
+            if let Err(error) = harvested {
                 state.external[at].resume();
                 return Err(error);
             }

@@ -380,6 +380,11 @@ impl Shared {
                 .pages
         };
         blackout.harvest = start.elapsed();
+        if state.logging && mutant::is_planted(Mutant::LoggingToggled) {
+            self.stop_logging(state);
+            self.switch_on(state)?;
+            state.logging = true;
+        }
         let start = Instant::now();
         apply(&*self.kvm, calls)?;
         blackout.calls = start.elapsed();

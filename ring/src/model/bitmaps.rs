@@ -31,8 +31,7 @@ impl State {
             let word = if manual {
                 self.dirty(key)?.word(index)
             } else if has_bug {
-                // Protected by what was dirty a moment ago; what is dirtied again now is taken along, and is not in the copy
-                // that was made of it before.
+                // Protected by what was dirty a moment ago: what is dirtied now is taken along, and stays writable.
                 let word = self.dirty(key)?.word(index);
                 self.protect_word(key, index, word);
                 at(Point::Taking, self);
@@ -40,9 +39,10 @@ impl State {
             } else {
                 self.take_word(key, index, u64::MAX)
             };
-            // The caller's buffer has as many words as the slot: it was checked.
-            if let Some(slot) = usize::try_from(index).ok().and_then(|i| words.get_mut(i)) {
-                *slot = word;
+            // Whatever buffer it is: that it has as many words as the slot was to be checked before.
+            match usize::try_from(index).ok().and_then(|i| words.get_mut(i)) {
+                Some(slot) => *slot = word,
+                None => self.count_overrun(),
             }
             index += 1;
         }

@@ -54,6 +54,8 @@ pub struct Counts {
     pub unlogged: u64,
     /// Entries that a RESET counted and did not arm.
     pub unarmed: u64,
+    /// Words of a dirty log that were written past the end of a buffer.
+    pub overrun: u64,
 }
 
 /// Slots, pages, vCPUs and logs of one virtual machine.
@@ -109,6 +111,10 @@ impl State {
             zapped: self.slots.zapped,
             ..self.counts
         }
+    }
+
+    pub(super) const fn count_overrun(&mut self) {
+        self.counts.overrun += 1;
     }
 
     // ---- vCPUs
