@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use gleaner::vmm::guest::Workload;
 use gleaner::vmm::{Backend, Machine, MachineConfig};
-use gleaner::{Block, BlockId, Consumer, Extent, PAGE_SIZE, Tracker, TrackerBuilder, Tracking};
+use gleaner::{
+    Block, BlockId, Consumer, Extent, Leased, PAGE_SIZE, Tracker, TrackerBuilder, Tracking,
+};
 use vm_memory::{Bytes, VolatileMemory};
 
 /// The tracking modes that KVM has.
@@ -95,6 +97,12 @@ pub fn pages_apart(a: &[u8], b: &[u8]) -> Vec<u64> {
         .collect()
 }
 
+/// What the pages of a lease hold now.
+pub fn contents(lease: &Leased) -> Vec<Vec<u8>> {
+    let parts = lease.parts().iter();
+    parts.map(|(extent, block)| read(block, *extent)).collect()
+}
+
 /// A destination's copy of all blocks: what a consumer's leases brought, and nothing else.
 #[derive(Default)]
 pub struct Copy {
@@ -106,17 +114,21 @@ impl Copy {
     /// Copies every page that the consumer can lease.
     pub fn drain(&mut self, consumer: &Consumer) {
         while let Some(lease) = consumer.lease(1 << 14) {
-            for (extent, block) in lease.parts() {
-                let copy = self
-                    .blocks
-                    .entry(extent.block)
-                    .or_insert_with(|| vec![0xee; (block.info().pages * PAGE_SIZE) as usize]);
-                let at = (extent.range.first * PAGE_SIZE) as usize;
-                let bytes = read(block, *extent);
-                copy[at..at + bytes.len()].copy_from_slice(&bytes);
-                self.pages += extent.range.pages;
-            }
+            self.apply(&lease, &contents(&lease));
             lease.ack();
+        }
+    }
+
+    /// Applies what was read of a lease.
+    pub fn apply(&mut self, lease: &Leased, contents: &[Vec<u8>]) {
+        for ((extent, block), bytes) in lease.parts().iter().zip(contents) {
+            let copy = self
+                .blocks
+                .entry(extent.block)
+                .or_insert_with(|| vec![0xee; (block.info().pages * PAGE_SIZE) as usize]);
+            let at = (extent.range.first * PAGE_SIZE) as usize;
+            copy[at..at + bytes.len()].copy_from_slice(bytes);
+            self.pages += extent.range.pages;
         }
     }
 
