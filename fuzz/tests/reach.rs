@@ -1,0 +1,124 @@
+//! Seeds get to where their names say: a harness that refuses everything would find nothing.
+
+#![allow(clippy::unwrap_used)] // helpers are not known to be tests
+
+use gleaner::service::Response;
+use gleaner::vmm::guest::VcpuState;
+use gleaner_fuzz::{agent, layouts, migration_stream, seeds, service};
+use gleaner_migrate::{Error, Received, Status};
+
+fn seed(target: &str, name: &str) -> Vec<u8> {
+    let mut seeds = seeds::of(target).into_iter();
+    let found = seeds.find(|(known, _)| known == name);
+    found.unwrap_or_else(|| panic!("no {target}/{name}")).1
+}
+
+fn received(name: &str) -> Received {
+    migration_stream::receive(&seed("migration_stream", name)).unwrap()
+}
+
+#[test]
+fn whole_streams_complete_and_failing_calls_end_them() {
+    for name in ["completes", "completes-by-file", "as-it-is"] {
+        let received = received(name);
+        assert_eq!(received.status, Status::Completed, "{name}: {received:?}");
+    }
+    let whole = received("completes");
+    assert_eq!((whole.pages, whole.zero_pages, whole.layouts), (6, 4, 3));
+    for call in migration_stream::CALLS {
+        let received = received(&format!("fails-{call}"));
+        let reason = received.reason.unwrap();
+        assert!(reason.contains(&format!("no {call} here")), "{reason}");
+    }
+}
+
+#[test]
+fn spoilt_streams_are_refused_for_what_is_wrong_with_them() {
+    let refused = |name| received(name).error.unwrap();
+    assert!(matches!(refused("query"), Error::OnlyQuery));
+    assert!(matches!(refused("cancels"), Error::CalledOff { .. }));
+    assert!(matches!(
+        refused("unknown-block"),
+        Error::UnknownBlock { .. }
+    ));
+    for name in ["outside-its-block", "wraps"] {
+        assert!(
+            matches!(refused(name), Error::OutsideBlock { .. }),
+            "{name}"
+        );
+    }
+    assert!(matches!(refused("stale"), Error::Stale { .. }));
+    assert!(matches!(refused("block-grows"), Error::BlockChanged { .. }));
+    for name in ["overlapping-slots", "unsafe-name"] {
+        assert!(matches!(refused(name), Error::Layout { .. }), "{name}");
+    }
+    assert!(matches!(refused("go-too-early"), Error::OutOfState { .. }));
+    assert!(matches!(
+        refused("as-it-is-ends-early"),
+        Error::Closed { .. }
+    ));
+    assert!(matches!(
+        refused("more-than-there-is"),
+        Error::Destination { .. }
+    ));
+    // The second extent wins, and the stream goes on.
+    assert_eq!(received("twice-the-same-page").pages, 4);
+}
+
+#[test]
+fn the_service_is_brought_to_every_end() {
+    let last = |name| service::answers(&seed("service", name)).pop();
+    for name in [
+        "completes",
+        "in-doubt-then-complete",
+        "each-call-fails-once",
+    ] {
+        let answers = service::answers(&seed("service", name));
+        assert_eq!(answers.last(), Some(&Response::Done), "{name}");
+        assert!(answers.iter().any(|a| matches!(a, Response::Block { .. })));
+        assert!(answers.contains(&Response::State(b"state".to_vec())));
+    }
+    assert!(matches!(
+        last("resumes-and-begins-again"),
+        Some(Response::Layout { .. })
+    ));
+    assert_eq!(last("in-doubt-then-resume"), Some(Response::Done));
+    assert_eq!(last("another-version"), None);
+}
+
+#[test]
+fn the_agent_reads_the_pages_it_is_given_and_no_others() {
+    let read = |name| agent::pages_read(&seed("agent", name));
+    assert_eq!(read("completes"), 4);
+    assert_eq!(read("lease-past-the-block"), 0);
+    assert_eq!(read("offset-past-the-file"), 0);
+    assert_eq!(read("block-without-descriptor"), 0);
+    assert_eq!(read("block-not-in-the-layout"), 0);
+}
+
+#[test]
+fn histories_change_layouts_and_lease_pages_while_sources_fail() {
+    let of = |name| layouts::history(&seed("layouts", name));
+    for name in ["split", "hole", "moved", "swapped", "replaced"] {
+        let tally = of(name);
+        assert_eq!((tally.transactions, tally.failed), (2, 0), "{name}");
+        assert!(tally.leased > 66, "{name}: {tally:?}");
+    }
+    for name in ["split-and-merged", "hole-filled"] {
+        assert_eq!(of(name).transactions, 3, "{name}");
+    }
+    assert_eq!(of("unplugged").transactions, 2);
+    for name in ["overlap-refused", "removed-while-mapped"] {
+        assert_eq!(of(name).transactions, 1, "{name}");
+    }
+    let faults = of("faults");
+    assert_eq!(
+        (faults.transactions, faults.failed, faults.leased),
+        (2, 3, 4)
+    );
+}
+
+#[test]
+fn a_state_of_zeros_is_a_state() {
+    VcpuState::from_bytes(&seed("vcpu_state", "fresh")).unwrap();
+}
