@@ -118,6 +118,7 @@ pub fn a_guest_that_may_run_elsewhere_does_not_resume(_: Case) -> Found {
     let cut = Fault {
         cut: Some(answers() - 1),
         flip: None,
+        ..Fault::default()
     };
     let (near, far, _line) = line([Fault::default(), cut]);
     let (source, place) = (ToySource::new(12), ToyDestination::default());
