@@ -3,7 +3,6 @@
 use bitvec::prelude::{BitVec, Lsb0};
 
 use crate::bits::masked_words;
-use crate::mutant::{self, Mutant};
 use crate::{Error, PageRange, Result, Runs, count_bits, or_bits};
 
 /// A bit for each page of a block or a slot, in KVM's order (page `n` is bit `n % 64` of word `n / 64`).
@@ -137,11 +136,8 @@ impl PageBitmap {
     ///
     /// # Errors
     /// [`Error::LengthMismatch`] when a range does not fit; nothing has changed then.
-    pub fn or_words_at(&mut self, mut range: PageRange, src: &[u64], src_first: u64) -> Result<()> {
+    pub fn or_words_at(&mut self, range: PageRange, src: &[u64], src_first: u64) -> Result<()> {
         let room = src.len() as u64 * 64;
-        if mutant::is_planted(Mutant::TailDropped) {
-            range.pages = range.pages.min(room.saturating_sub(src_first));
-        }
         if range.end() > self.pages() || src_first.saturating_add(range.pages) > room {
             return Err(Error::LengthMismatch {
                 left: self.pages(),

@@ -114,8 +114,11 @@ impl Staging {
     }
 
     /// ORs `words` into `range`, chunks without a bit left out.
-    fn or(&mut self, range: PageRange, words: &[u64]) -> Result<()> {
+    fn or(&mut self, mut range: PageRange, words: &[u64]) -> Result<()> {
         let room = words.len() as u64 * 64;
+        if mutant::is_planted(Mutant::TailDropped) {
+            range.pages = range.pages.min(room);
+        }
         if range.pages > room {
             return Err(Error::LengthMismatch {
                 left: range.pages,
