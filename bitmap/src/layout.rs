@@ -477,4 +477,50 @@ mod tests {
         e.merge(1.into(), 2.into()).unwrap();
         assert_eq!(e.finish().unwrap(), base().finish().unwrap());
     }
+
+    #[test]
+    fn a_peers_layout_may_use_every_slot_id_and_keeps_its_generation() {
+        let block = BlockInfo::new(BlockId(0), "ram", PAGE_SIZE).unwrap();
+        let last = slot(u16::MAX, 0, 0, 1);
+        let layout = Layout::from_parts(Generation(7), vec![block], vec![last]).unwrap();
+        assert_eq!(layout.slot(last.key), Some(&last));
+        assert_eq!(layout.generation().to_string(), "generation 7");
+        assert!(Layout::from_parts(Generation(7), vec![], vec![last]).is_err());
+    }
+
+    #[test]
+    fn the_last_page_of_guest_physical_space_can_be_mapped() {
+        let mut e = base();
+        let last = Slot {
+            gpa: GPA_END - PAGE_SIZE,
+            ..slot(2, 0, 600, 1)
+        };
+        e.create(last).unwrap();
+        let layout = e.finish().unwrap();
+        assert_eq!(layout.slot_at(GPA_END - 1), Some(&last));
+    }
+
+    #[test]
+    fn blocks_are_found_by_name_and_their_names_are_theirs_alone() {
+        let mut e = base();
+        let block = |id, name| BlockInfo::new(BlockId(id), name, PAGE_SIZE).unwrap();
+        for taken in [block(1, "ram"), block(0, "other")] {
+            assert!(matches!(
+                e.add_block(taken),
+                Err(Error::BlockNameTaken { .. })
+            ));
+        }
+        e.add_block(block(1, "other")).unwrap();
+        assert!(matches!(
+            e.remove_block(BlockId(9)),
+            Err(Error::UnknownBlock { .. })
+        ));
+        e.clear_slots();
+        let layout = e.finish().unwrap();
+        assert_eq!(layout.slots().len(), 0);
+        let named = |name| layout.block_named(name).map(|block| block.id);
+        assert_eq!(named("other"), Some(BlockId(1)));
+        assert_eq!(named("ram"), Some(BlockId(0)));
+        assert_eq!(named("none"), None);
+    }
 }

@@ -207,7 +207,9 @@ mod tests {
             }
             let mut dirty: BTreeMap<BlockId, PageBitmap> = (0..2).map(|b| (BlockId(b), PageBitmap::new(300))).collect();
             for &(b, p) in &pages { dirty.get_mut(&BlockId(b)).unwrap().set(p); }
-            let out = RemapPlan::between(&old, &new).apply(&dirty);
+            let plan = RemapPlan::between(&old, &new);
+            dirty.retain(|block, _| plan.blocks().contains(block));
+            let out = plan.apply(&dirty);
 
             let shows = |l: &Layout, b, p, changed_to: Option<&Layout>| l.slots().any(|s|
                 s.block == BlockId(b) && (s.range.first..s.range.end()).contains(&p)

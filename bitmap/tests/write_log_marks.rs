@@ -128,6 +128,7 @@ fn a_window_reaches_to_the_last_page_and_not_past_it() {
     let log = WriteLog::new(BLOCK, 100);
     let window = log.window(PageRange::new(40, 60)).unwrap();
     assert_eq!(window.block(), BLOCK);
+    assert!(window.name().contains("#7"), "messages say which block");
     assert!(window.window(PageRange::new(59, 1)).is_ok());
     assert!(matches!(
         window.window(PageRange::new(59, 2)),
