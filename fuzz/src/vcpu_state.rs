@@ -5,8 +5,9 @@ use gleaner::vmm::guest::VcpuState;
 use crate::MAX_INPUT;
 use crate::allocations::capped;
 
-/// The decoder's own limit is 16 KiB, and what it made is encoded again to compare: its bytes double as they grow.
-const CAP: usize = 128 << 10;
+/// A list's length is believed up to 1 MiB, and what was made of up to 16 KiB is encoded again to compare: its bytes double as
+/// they grow.
+const CAP: usize = (1 << 20) + (128 << 10);
 
 /// Whatever the bytes: a refusal, or a state that has these bytes and no others.
 ///
