@@ -1,5 +1,7 @@
 //! What goes to standard output and standard error.
 
+use std::io::Write;
+
 use gleaner_migrate::Progress;
 use serde::Serialize;
 use serde_json::json;
@@ -15,11 +17,11 @@ impl Output {
     pub fn result(self, object: &impl Serialize, text: impl FnOnce() -> String) {
         if self.json {
             match serde_json::to_string(object) {
-                Ok(line) => println!("{line}"),
+                Ok(line) => say(&line),
                 Err(error) => eprintln!("gleaner: the result can't be written as JSON: {error}"),
             }
         } else {
-            println!("{}", text());
+            say(&text());
         }
     }
 
@@ -27,9 +29,14 @@ impl Output {
     pub fn failed(self, reason: &str) {
         eprintln!("gleaner: {reason}");
         if self.json {
-            println!("{}", json!({"status": "failed", "reason": reason}));
+            say(&json!({"status": "failed", "reason": reason}).to_string());
         }
     }
+}
+
+/// A line on standard output. Whoever reads it may have seen enough and be gone.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// One line for a round.

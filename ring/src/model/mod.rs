@@ -23,6 +23,7 @@
 mod bitmaps;
 mod list;
 mod memory;
+mod reset;
 mod rings;
 mod schedule;
 mod slots;
