@@ -104,7 +104,7 @@ fn states_of_vcpus() {
     replay(TARGETS[4], 10_000);
 }
 
-/// After a change of a format: `cargo run -p gleaner-fuzz --example seed`.
+/// After a change of a format: `cargo run --release -p gleaner-fuzz --example seed`.
 #[test]
 fn the_corpus_holds_what_the_encoders_make_now() {
     for (target, _) in TARGETS {

@@ -1,7 +1,7 @@
 //! The native migration stream, as a source sends it.
 //!
 //! The first byte says how the others are fed to a [`Receiver`]: as they are, or with lengths, numbers and checksums put
-//! right ([`frames::repaired`]); through a socket or a file; and which call of the destination fails.
+//! right (see `repaired`); through a socket or a file; and which call of the destination fails.
 
 mod frames;
 mod layout;
