@@ -1,28 +1,27 @@
 //! A vCPU's dirty ring: the entry protocol between kernel and user space.
-#![allow(unsafe_code)] // shared memory that the kernel writes
+
+#[cfg(all(loom, test))]
+mod loom_tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use gleaner_bitmap::SlotKey;
-use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
-use memmap2::{MmapOptions, MmapRaw};
 
+use crate::ring_memory::{AtomicU32, ENTRY_BYTES, RingMemory};
 use crate::{Error, Result};
 
 /// The kernel has written the entry.
 const DIRTY: u32 = 1;
 /// User space has read it.
 const RESET: u32 = 2;
-const ENTRY_BYTES: u32 = 16;
-const _: () = assert!(size_of::<kvm_dirty_gfn>() == ENTRY_BYTES as usize);
 
-/// The entries of one vCPU's ring: memory that kernel and user space share.
+/// The entries of one vCPU's ring.
 #[derive(Debug)]
 pub(crate) struct Entries {
-    map: MmapRaw,
+    memory: RingMemory,
     /// A power of two.
     count: u32,
 }
@@ -30,9 +29,8 @@ pub(crate) struct Entries {
 impl Entries {
     /// Memory for a ring of the model's, all entries free.
     pub(crate) fn anonymous(bytes: u32) -> io::Result<Self> {
-        let map = MmapOptions::new().len(bytes as usize).map_anon()?;
         Ok(Self {
-            map: map.into(),
+            memory: RingMemory::anonymous(bytes)?,
             count: bytes / ENTRY_BYTES,
         })
     }
@@ -41,29 +39,17 @@ impl Entries {
         self.count
     }
 
-    fn entry(&self, index: u32) -> *mut kvm_dirty_gfn {
-        let at = (index & (self.count - 1)) as usize;
-        // SAFETY: `at` is below `count`, and the map has `count` times 16 bytes.
-        unsafe { self.map.as_mut_ptr().cast::<kvm_dirty_gfn>().add(at) }
+    const fn at(&self, index: u32) -> usize {
+        (index & (self.count - 1)) as usize
     }
 
     fn flags(&self, index: u32) -> &AtomicU32 {
-        let entry = self.entry(index);
-        // SAFETY: the entry lies in the map, which lives as long as `self`; the field is aligned, and both sides use it
-        // atomically.
-        unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) }
+        self.memory.flags(self.at(index))
     }
 
+    /// Who reads has seen flags that say that the other side leaves both fields alone.
     fn read(&self, index: u32) -> (SlotKey, u64) {
-        let entry = self.entry(index);
-        // SAFETY: the entry lies in the map. Who reads has seen flags that say that the other side leaves both fields
-        // alone.
-        let (slot, offset) = unsafe {
-            (
-                (&raw const (*entry).slot).read_volatile(),
-                (&raw const (*entry).offset).read_volatile(),
-            )
-        };
+        let (slot, offset) = self.memory.read(self.at(index));
         (SlotKey::from_raw(slot), offset)
     }
 
@@ -73,12 +59,8 @@ impl Entries {
         if flags.load(Ordering::Acquire) != 0 {
             return false;
         }
-        let entry = self.entry(index);
-        // SAFETY: the entry lies in the map; while its flags are 0 it is the kernel's alone, whose side this is.
-        unsafe {
-            (&raw mut (*entry).slot).write_volatile(key.raw());
-            (&raw mut (*entry).offset).write_volatile(page);
-        }
+        // While its flags are 0 it is the kernel's alone, whose side this is.
+        self.memory.write(self.at(index), key.raw(), page);
         flags.store(DIRTY, Ordering::Release);
         true
     }
@@ -122,13 +104,8 @@ impl DirtyRing {
         if !bytes.is_power_of_two() || bytes < 4096 {
             return Err(fail(io::ErrorKind::InvalidInput.into()));
         }
-        let map = MmapOptions::new()
-            .offset(u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * 4096)
-            .len(bytes as usize)
-            .map_raw(vcpu.as_raw_fd())
-            .map_err(fail)?;
         Ok(Self::of(Arc::new(Entries {
-            map,
+            memory: RingMemory::map(vcpu, bytes).map_err(fail)?,
             count: bytes / ENTRY_BYTES,
         })))
     }

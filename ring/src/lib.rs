@@ -19,7 +19,14 @@ mod capabilities;
 mod dirty_ring;
 mod error;
 mod kvm;
+#[cfg(loom)]
+mod loom_atomic;
 pub mod model;
+#[cfg(not(loom))]
+mod ring_memory;
+#[cfg(loom)]
+#[path = "ring_memory_loom.rs"]
+mod ring_memory;
 mod ring_source;
 mod run_page;
 mod signals;
