@@ -196,7 +196,7 @@ impl LayoutEditor {
                 value: slot.gpa,
             });
         }
-        if slot.gpa >= GPA_END || slot.gpa_end() > GPA_END {
+        if slot.gpa_end() > GPA_END {
             return Err(Error::OutOfAddressSpace {
                 slot: key,
                 gpa: slot.gpa,
@@ -271,13 +271,19 @@ impl LayoutEditor {
     /// hole's pages stay in the block, unmapped.
     ///
     /// # Errors
-    /// [`Error::UnknownSlot`], [`Error::SlotExists`], [`Error::BadCut`] when nothing would be left on either side.
+    /// [`Error::UnknownSlot`], [`Error::SlotExists`], [`Error::BadCut`] when nothing would be left on either side, or `upper`
+    /// is of another address space.
     pub fn punch(&mut self, key: SlotKey, hole: PageRange, upper: SlotKey) -> Result<()> {
         let old = self.get(key)?;
-        if hole.first == 0 || hole.end() >= old.range.pages {
+        let apart = upper.address_space != key.address_space;
+        if apart || hole.first == 0 || hole.end() >= old.range.pages {
             return Err(Error::BadCut {
                 slot: key,
-                what: "a cut",
+                what: if apart {
+                    "a cut into another address space"
+                } else {
+                    "a cut"
+                },
                 at: hole.first,
                 pages: old.range.pages,
             });

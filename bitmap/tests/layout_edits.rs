@@ -109,7 +109,8 @@ fn expected(layout: &Layout, edit: Edit) -> Option<View> {
                 cut(old, 0, hole.first, key),
                 cut(old, hole.end(), above, upper),
             ];
-            (key != upper).then(|| replaced(layout, &[old], &parts))?
+            let together = key != upper && key.address_space == upper.address_space;
+            together.then(|| replaced(layout, &[old], &parts))?
         }
         Edit::Merge(lower, upper) => {
             let (a, b) = (get(lower)?, get(upper)?);
@@ -179,6 +180,11 @@ proptest! {
             };
             prop_assert_eq!(Some(view(&next)), want, "{:?}", edit);
             prop_assert_eq!(next.generation(), Generation(layout.generation().0 + 1));
+            if let Edit::Split(lower, _, upper) = edit {
+                let mut editor = next.edit();
+                editor.merge(lower, upper).unwrap();
+                prop_assert!(editor.finish().unwrap().slots().eq(layout.slots()), "split, then merged");
+            }
             layout = next;
             for page in 0..100 {
                 let slot = layout.slot_at(page * PAGE_SIZE + 7).map(|slot| slot.key);
