@@ -25,7 +25,8 @@ fn set(map: &PageBitmap) -> Set {
     assert_eq!(words.len() as u64, map.pages().div_ceil(64));
     let all = (0..words.len() * 64).filter(|bit| words[bit / 64] >> (bit % 64) & 1 == 1);
     let all: Set = all.map(|bit| bit as u64).collect();
-    assert!(all.iter().all(|&page| page < map.pages() && map.get(page)));
+    assert!(all.iter().all(|&page| page < map.pages()));
+    assert!((0..map.pages()).all(|page| map.get(page) == all.contains(&page)));
     assert_eq!(all.len() as u64, map.count());
     all
 }
@@ -166,8 +167,32 @@ proptest! {
                 let bit = |at: u64| words[usize::try_from(at / 64).unwrap()] >> (at % 64) & 1 == 1;
                 prop_assert_eq!(set(&map), (0..n).filter(|&page| bit(page)).collect::<Set>());
             }
-            Err(_) => prop_assert_ne!(words.len() as u64, n.div_ceil(64)),
+            Err(Error::LengthMismatch { left, right }) => {
+                prop_assert_ne!(words.len() as u64, n.div_ceil(64));
+                prop_assert_eq!((left, right), (n, words.len() as u64 * 64));
+            }
+            Err(error) => prop_assert!(false, "{error}"),
         }
+    }
+}
+
+#[test]
+fn a_range_past_the_last_page_panics_even_where_the_last_word_has_room() {
+    let past = PageRange::new(60, 5);
+    let uses: [fn(&mut PageBitmap, PageRange); 5] = [
+        |map, range| map.set_range(range),
+        |map, range| map.clear_range(range),
+        |map, range| _ = map.count_range(range),
+        |map, range| drop(map.slice(range)),
+        |map, range| drop(map.runs_in(range)),
+    ];
+    for (n, each) in uses.into_iter().enumerate() {
+        let mut map = PageBitmap::new(64);
+        each(&mut map, PageRange::new(60, 4));
+        let outcome = std::panic::catch_unwind(|| each(&mut PageBitmap::new(64), past));
+        assert!(outcome.is_err(), "use {n} of 65 pages");
+        let outcome = std::panic::catch_unwind(|| each(&mut PageBitmap::new(62), past));
+        assert!(outcome.is_err(), "use {n}");
     }
 }
 
