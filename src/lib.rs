@@ -54,6 +54,12 @@ pub mod compare;
 mod error;
 mod external;
 pub mod gate;
+#[cfg(loom)]
+#[path = "../ring/src/loom_atomic.rs"]
+mod loom_atomic;
+#[cfg(all(loom, test))]
+mod loom_model;
+mod primitive;
 pub mod service;
 mod source;
 mod tracker;

@@ -1,10 +1,14 @@
 //! The VMM's own writers of guest memory, counted so that the last harvest can wait for them.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(all(loom, test))]
+mod loom_tests;
+
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use gleaner_bitmap::mutant::{self, Mutant};
 
+use crate::primitive::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Result};
 
 /// Counts the VMM's writers. A write and its mark in the block's log happen under one [`Writing`]; the last harvest of a
@@ -55,6 +59,24 @@ impl Shared {
             .wait(state)
             .unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits until `done`, or `deadline`.
+    fn wait_until<'a>(
+        &self,
+        deadline: Instant,
+        mut state: MutexGuard<'a, State>,
+        done: fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        while !done(&state) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state
+    }
 }
 
 impl Writers {
@@ -87,19 +109,14 @@ impl Writers {
     /// [`Error::WritersBusy`]: somebody holds on to a token, perhaps while waiting for who calls this. Writers go on.
     pub fn quiet(&self, limit: Duration) -> Result<QuietWriters> {
         let deadline = Instant::now() + limit;
-        let wait = |state, until: fn(&mut State) -> bool| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let waited = self.0.changed.wait_timeout_while(state, left, until);
-            waited.unwrap_or_else(PoisonError::into_inner).0
-        };
-        let mut state = wait(self.0.lock(), |s| s.quiet);
+        let mut state = self.0.wait_until(deadline, self.0.lock(), |s| !s.quiet);
         if state.quiet {
             return Err(Error::WritersBusy(limit));
         }
         state.quiet = true;
-        let busy = |s: &mut State| s.writing > 0 && !mutant::is_planted(Mutant::WritersNotAwaited);
-        let mut state = wait(state, busy);
-        let unfinished = busy(&mut state);
+        let awaited = |s: &State| s.writing == 0 || mutant::is_planted(Mutant::WritersNotAwaited);
+        let state = self.0.wait_until(deadline, state, awaited);
+        let unfinished = !awaited(&state);
         drop(state);
         // Dropped on the error's path, it lets writers go on.
         let quiet = QuietWriters {
@@ -135,7 +152,7 @@ impl Drop for QuietWriters {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};

@@ -21,18 +21,21 @@
 //! *Closing* is for slot transactions: all out of `KVM_RUN`, wherever else they are. *Stopping* is for the switchover:
 //! all threads parked in [`Drained::serve`], with pending I/O completed.
 
+#[cfg(all(loom, test))]
+mod loom_tests;
 mod parked;
 mod seat;
 mod signal;
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use gleaner_ring::Kick;
 pub use parked::{Drained, Parked, StoppedVcpus};
 pub use seat::{RingFull, Seat, Turn};
 
+use crate::primitive::{AtomicU32, Condvar, Mutex, MutexGuard};
 use crate::{Error, Result};
 
 /// A slot transaction is under way.
@@ -272,7 +275,7 @@ impl Drop for Closed<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -4,12 +4,13 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use gleaner_ring::{Entered, Vcpu, VcpuIdentity};
 use kvm_ioctls::VcpuFd;
 
 use super::{CLOSED, Gate, IN, OUT, Parked, SHUTDOWN, STOP, SeatState};
+use crate::primitive::AtomicU32;
 use crate::{Error, Result};
 
 /// Whom a vCPU with a full ring asks to empty it. The vCPU waits outside `KVM_RUN`, so transactions go on meanwhile.
