@@ -313,7 +313,13 @@ impl World {
 
     /// Takes the fault of the next call back if it did not come about.
     pub(crate) fn calm(&self) {
-        self.kvm.state().orders = gleaner::model::Orders::default();
+        let mut state = self.kvm.state();
+        state.orders = gleaner::model::Orders::default();
+        // Rings that can't be healed because their log can't be switched: everything is dirty from then on.
+        if state.counts().unswitched > 0 {
+            drop(state);
+            self.actors.stage().oracle.excused = true;
+        }
     }
 
     /// Pages that nobody was owed, given to somebody all the same.

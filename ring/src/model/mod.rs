@@ -253,7 +253,11 @@ impl Kvm for ModelKvm {
     fn set_region(&self, what: &'static str, region: &Region) -> Result<()> {
         let slot = region.key;
         let error = |source| Error::SetRegion { what, slot, source };
-        self.call(Call::Set, error, |state, at| set(state, region, at))
+        let done = self.call(Call::Set, error, |state, at| set(state, region, at));
+        if done.is_err() && what == "flags" {
+            self.state().counts.unswitched += 1;
+        }
+        done
     }
 
     fn delete_region(&self, key: SlotKey) -> Result<()> {

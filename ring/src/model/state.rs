@@ -54,6 +54,8 @@ pub struct Counts {
     pub unlogged: u64,
     /// Entries that a RESET counted and did not arm.
     pub unarmed: u64,
+    /// Logs that could not be switched on or off.
+    pub unswitched: u64,
     /// Words of a dirty log that were written past the end of a buffer.
     pub overrun: u64,
 }
