@@ -177,10 +177,12 @@ fn attempt(
         Ok(inner) => inner,
         Err(error) => {
             world.explain(error)?;
+            world.calm();
             world.parts(number);
             return Ok(false);
         }
     };
+    world.calm();
     let mut source = Watched {
         inner,
         number,
