@@ -440,6 +440,14 @@ mod tests {
     }
 
     #[test]
+    fn a_block_is_found_by_its_id_and_by_its_name() {
+        let layout = base().finish().unwrap();
+        let by_id = layout.block(BlockId(0)).unwrap();
+        assert_eq!(Some(by_id), layout.block_named("ram"));
+        assert_eq!(layout.block(BlockId(1)), None);
+    }
+
+    #[test]
     fn overlap_and_mapped_block_show_at_the_end() {
         let mut e = base();
         e.create(slot(2, 499, 600, 4)).unwrap();

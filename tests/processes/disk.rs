@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::common::kvm;
 use crate::harness::*;
 
-/// A file system with less room than the guest has memory.
+/// A file system with less room than the guest has memory, and than its page tables alone take in a stream.
 struct Tiny(PathBuf);
 
 impl Tiny {
@@ -15,7 +15,7 @@ impl Tiny {
         let at = place.path("tiny");
         std::fs::create_dir(&at).unwrap();
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=2M,mode=700", "none"]);
+        mount.args(["-t", "tmpfs", "-o", "size=256K,mode=700", "none"]);
         match mount.arg(&at).output() {
             Ok(done) if done.status.success() => return Some(Self(at)),
             Ok(done) => say(&format!("skipped: a full disk: {}", text(&done.stderr))),
