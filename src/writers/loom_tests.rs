@@ -74,7 +74,10 @@ fn writers_that_waited_for_one_who_gave_up_get_in() {
 fn planted_quiet_that_does_not_wait() {
     fn be_quiet(writers: &Writers, memory: &Memory) {
         writers.0.lock().quiet = true;
-        let _quiet = QuietWriters(Arc::clone(&writers.0));
+        let _quiet = QuietWriters {
+            shared: Arc::clone(&writers.0),
+            for_good: false,
+        };
         memory.write();
     }
     together("planted", &[write], be_quiet);
