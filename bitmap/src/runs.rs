@@ -118,9 +118,11 @@ mod tests {
     proptest! {
         #[test]
         fn runs_cover_exactly_the_set_bits_of_the_range(
-            words in proptest::collection::vec(prop_oneof![8 => Just(0u64), 8 => Just(u64::MAX), 1 => any::<u64>()], 1..50),
-            a in 0u64..3200, b in 0u64..3200,
+            // Stretches of equal words, shorter and longer than a stride.
+            words in proptest::collection::vec((prop_oneof![4 => Just(0u64), 4 => Just(u64::MAX), 1 => any::<u64>()], 1usize..30), 1..10),
+            a in 0u64..19_200, b in 0u64..19_200,
         ) {
+            let words: Vec<u64> = words.into_iter().flat_map(|(word, n)| std::iter::repeat_n(word, n)).collect();
             let top = words.len() as u64 * 64;
             let (a, b) = (a.min(b).min(top), a.max(b).min(top));
             let runs: Vec<_> = Runs::new(&words, a, b).collect();
