@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use gleaner::migrate::{
-    Destination, Error, MappedMemory, Memory, MigrationId, Outcome, Outcomes, Receiver,
+    Destination, Error, MappedMemory, MigrationId, NewMemory, Outcome, Outcomes, Receiver,
     ReceiverOptions, Result, Sender, SenderOptions, Status, ask, resolve, serve_query,
 };
 use gleaner::service::{Attach, ServiceClient};
@@ -59,10 +59,10 @@ struct There {
 }
 
 impl Destination for There {
-    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory> {
+    fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory> {
         let memory = Arc::new(MappedMemory::anonymous(block.pages)?);
         self.memory = Some(Arc::clone(&memory));
-        Ok(memory)
+        Ok(NewMemory::zero(memory))
     }
 
     fn remove_block(&mut self, _: &BlockInfo) -> Result<()> {

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE, PageRange, Slot};
 use gleaner_migrate::{
-    Destination, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, MigrationId, PageLease,
-    PageMemory, Receiver, ReceiverOptions, Report, Sender, SenderOptions, Source, Status,
+    Destination, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, MigrationId, NewMemory,
+    PageLease, PageMemory, Receiver, ReceiverOptions, Report, Sender, SenderOptions, Source,
+    Status,
 };
 use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
 
@@ -122,11 +123,19 @@ impl Source for Still {
 }
 
 /// Memory that waits.
-struct Place(Arc<MappedMemory>);
+struct Place {
+    memory: Arc<MappedMemory>,
+    is_zero: bool,
+}
 
 impl Destination for Place {
-    fn add_block(&mut self, _: &BlockInfo) -> gleaner_migrate::Result<Memory> {
-        Ok(Arc::clone(&self.0) as Memory)
+    fn add_block(&mut self, _: &BlockInfo) -> gleaner_migrate::Result<NewMemory> {
+        let memory = Arc::clone(&self.memory) as Memory;
+        Ok(if self.is_zero {
+            NewMemory::zero(memory)
+        } else {
+            NewMemory::used(memory)
+        })
     }
 
     fn remove_block(&mut self, _: &BlockInfo) -> gleaner_migrate::Result<()> {
@@ -163,11 +172,16 @@ fn memory(pages: u64, mut word: impl FnMut() -> u64) -> Result<Arc<MappedMemory>
     Ok(Arc::new(memory))
 }
 
-/// Migrates, and returns the report and the time of the first round.
-fn migrate(from: &Arc<MappedMemory>, to: &Arc<MappedMemory>) -> Result<(Report, Duration)> {
+/// Migrates to memory that is known to be zero, or not, and returns the report and the time of the first round.
+fn migrate(
+    from: &Arc<MappedMemory>,
+    to: &Arc<MappedMemory>,
+    is_zero: bool,
+) -> Result<(Report, Duration)> {
     let (near, far) = UnixStream::pair()?;
     let report = std::thread::scope(|scope| -> Result<Report> {
-        let mut place = Place(Arc::clone(to));
+        let memory = Arc::clone(to);
+        let mut place = Place { memory, is_zero };
         scope.spawn(move || {
             // What it has to say of a failure the sender has heard.
             let _ = Receiver::new(&mut place, ReceiverOptions::default()).run(far.into());
@@ -279,7 +293,7 @@ fn contents(pages: u64, plan: &Plan) -> Result<Row> {
     let there = memory(pages, || u64::MAX)?;
     let pairs = turn_about(
         plan.pick(7, 1),
-        || migrate(&from, &to).map(|(_, took)| took),
+        || migrate(&from, &to, false).map(|(_, took)| took),
         || plain(&from, &there),
     )?;
     if !same(&from, &to)? || !same(&from, &there)? {
@@ -309,7 +323,7 @@ fn zeros(pages: u64, plan: &Plan) -> Result<Row> {
     let pairs = turn_about(
         plan.pick(7, 1),
         || {
-            let (report, took) = migrate(&from, &to)?;
+            let (report, took) = migrate(&from, &to, true)?;
             if (report.zero_pages, report.pages_sent) != (pages, 0) {
                 return Err("wire/zeros: pages of zeros were sent with their contents".into());
             }
@@ -346,7 +360,7 @@ fn holes(pages: u64, plan: &Plan) -> Result<Row> {
     let pairs = turn_about(
         plan.pick(7, 1),
         || {
-            let (report, took) = migrate(&untouched(pages)?, &to)?;
+            let (report, took) = migrate(&untouched(pages)?, &to, true)?;
             if (report.zero_pages, report.pages_sent) != (pages, 0) {
                 return Err("wire/holes: pages that nobody touched were sent".into());
             }

@@ -1,65 +1,36 @@
 //! The blocks at the destination, and what may be written to them.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PageBitmap, PageRange};
+use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PageRange};
 use vm_memory::VolatileSlice;
 
 use crate::memory::PAGE;
-use crate::wire::{Extents, LayoutBody};
-use crate::{Destination, Error, Memory, Result};
-
-/// Pages of a chunk of [`Written`].
-const CHUNK: u64 = 1 << 15;
-
-/// Which pages contents were written to. In chunks that exist once something was written there, so that a peer can't
-/// make this end allocate for pages it merely claims to have.
-#[derive(Default)]
-struct Written(BTreeMap<u64, PageBitmap>);
-
-impl Written {
-    fn set(&mut self, range: PageRange) {
-        for (chunk, part) in chunks(range) {
-            self.0
-                .entry(chunk)
-                .or_insert_with(|| PageBitmap::new(CHUNK))
-                .set_range(part);
-        }
-    }
-
-    /// Takes the runs of written pages out of a range.
-    fn take(&mut self, range: PageRange) -> Vec<PageRange> {
-        let mut runs = Vec::new();
-        // Only chunks that exist: the range may be as long as a peer likes.
-        let last = range.end().div_ceil(CHUNK);
-        for (chunk, bits) in self.0.range_mut(range.first / CHUNK..last) {
-            let start = chunk * CHUNK;
-            if let Some(part) = range.intersect(&PageRange::new(start, CHUNK)) {
-                let part = PageRange::new(part.first - start, part.pages);
-                runs.extend(
-                    bits.runs_in(part)
-                        .map(|run| PageRange::new(start + run.first, run.pages)),
-                );
-                bits.clear_range(part);
-            }
-        }
-        runs
-    }
-}
-
-fn chunks(range: PageRange) -> impl Iterator<Item = (u64, PageRange)> {
-    (range.first / CHUNK..range.end().div_ceil(CHUNK)).filter_map(move |chunk| {
-        let start = chunk * CHUNK;
-        range
-            .intersect(&PageRange::new(start, CHUNK))
-            .map(|part| (chunk, PageRange::new(part.first - start, part.pages)))
-    })
-}
+use crate::wire::{Adopted, Extents, LayoutBody};
+use crate::written::Written;
+use crate::{Destination, Error, Memory, NewMemory, Result};
 
 struct Block {
     info: BlockInfo,
     memory: Memory,
-    written: Written,
+    /// Where contents were written to, if the block held nothing but zeros before.
+    written: Option<Mutex<Written>>,
+}
+
+impl Block {
+    fn written(&self) -> Option<MutexGuard<'_, Written>> {
+        let written = self.written.as_ref()?;
+        Some(written.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Pages of a range that may hold anything but zeros. They will be made zero.
+    fn not_zero(&self, range: PageRange) -> Vec<PageRange> {
+        match self.written() {
+            Some(mut written) => written.take(range),
+            None => vec![range],
+        }
+    }
 }
 
 /// The blocks of the layout in force.
@@ -79,7 +50,7 @@ impl Blocks {
         &mut self,
         body: LayoutBody,
         destination: &mut dyn Destination,
-    ) -> Result<()> {
+    ) -> Result<Adopted> {
         let layout = body.check()?;
         if let Some(expected) = self.generation.filter(|now| layout.generation() <= *now) {
             return Err(Error::Stale {
@@ -107,8 +78,9 @@ impl Blocks {
         // A new block may bear the name of one that goes: two of one name can't be had at the same time.
         let taken = |info: &BlockInfo| gone(info) && layout.block_named(&info.name).is_some();
         self.remove(taken, destination)?;
+        let mut zero = Vec::new();
         for info in added {
-            let memory = destination.add_block(&info)?;
+            let NewMemory { memory, is_zero } = destination.add_block(&info)?;
             if memory.pages() != info.pages {
                 return Err(Error::Memory {
                     what: "of a block has another length",
@@ -121,18 +93,25 @@ impl Blocks {
                     ),
                 });
             }
+            if is_zero {
+                zero.push(info.id);
+            }
             self.blocks.insert(
                 info.id,
                 Block {
                     info,
                     memory,
-                    written: Written::default(),
+                    written: is_zero.then(Mutex::default),
                 },
             );
         }
         self.generation = Some(layout.generation());
         destination.layout(&layout)?;
-        self.remove(gone, destination)
+        self.remove(gone, destination)?;
+        Ok(Adopted {
+            generation: layout.generation(),
+            zero,
+        })
     }
 
     fn remove(
@@ -167,13 +146,10 @@ impl Blocks {
         }
     }
 
-    fn block(&mut self, extent: &Extent) -> Result<&mut Block> {
-        let block = self
-            .blocks
-            .get_mut(&extent.block)
-            .ok_or(Error::UnknownBlock {
-                block: extent.block,
-            })?;
+    fn block(&self, extent: &Extent) -> Result<&Block> {
+        let block = self.blocks.get(&extent.block).ok_or(Error::UnknownBlock {
+            block: extent.block,
+        })?;
         let inside = extent
             .range
             .first
@@ -190,7 +166,7 @@ impl Blocks {
     }
 
     /// Checks extents, all of them, before anything is written; their pages in total.
-    pub(crate) fn check(&mut self, extents: &Extents) -> Result<u64> {
+    pub(crate) fn check(&self, extents: &Extents) -> Result<u64> {
         self.check_generation("a frame of pages", extents.generation)?;
         let mut pages = 0u64;
         for extent in &extents.extents {
@@ -202,30 +178,29 @@ impl Blocks {
 
     /// Lets `fill` write contents to pages that [`Blocks::check`] has passed.
     pub(crate) fn write(
-        &mut self,
+        &self,
         extents: &Extents,
         fill: impl FnOnce(&[VolatileSlice<'_>]) -> Result<()>,
     ) -> Result<()> {
-        for extent in &extents.extents {
-            // Before the write: a fill that fails half way has written too.
-            self.block(extent)?.written.set(extent.range);
-        }
         let mut pieces = Vec::with_capacity(extents.extents.len());
         for extent in &extents.extents {
-            if let Some(block) = self.blocks.get(&extent.block) {
-                pieces.push(block.memory.slice(extent.range)?);
+            let block = self.block(extent)?;
+            // Before the write: a fill that fails half way has written too.
+            if let Some(mut written) = block.written() {
+                written.set(extent.range);
             }
+            pieces.push(block.memory.slice(extent.range)?);
         }
         fill(&pieces)
     }
 
-    /// Writes zeros to pages that [`Blocks::check`] has passed, where there may be anything else: a block is zero when
-    /// it is added, and writing zeros to it would allocate its memory.
-    pub(crate) fn zero(&mut self, extents: &Extents) -> Result<()> {
+    /// Writes zeros to pages that [`Blocks::check`] has passed, where there may be anything else: writing zeros to memory
+    /// that nobody has touched would allocate it.
+    pub(crate) fn zero(&self, extents: &Extents) -> Result<()> {
         const ZEROS: [u8; PAGE] = [0; PAGE];
         for extent in &extents.extents {
             let block = self.block(extent)?;
-            for run in block.written.take(extent.range) {
+            for run in block.not_zero(extent.range) {
                 for page in run.first..run.end() {
                     let page = PageRange::new(page, 1);
                     block.memory.slice(page)?.copy_from(&ZEROS);
@@ -233,26 +208,5 @@ impl Blocks {
             }
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn written_pages_are_taken_once_and_across_chunks() {
-        let mut written = Written::default();
-        written.set(PageRange::new(CHUNK - 2, 4));
-        written.set(PageRange::new(5 * CHUNK, 1));
-        let all = PageRange::new(1, u64::MAX - 1);
-        let taken = written.take(PageRange::new(CHUNK - 1, 2));
-        assert_eq!(
-            taken,
-            [PageRange::new(CHUNK - 1, 1), PageRange::new(CHUNK, 1)]
-        );
-        let rest: u64 = written.take(all).iter().map(|run| run.pages).sum();
-        assert_eq!(rest, 3);
-        assert!(written.take(all).is_empty());
     }
 }

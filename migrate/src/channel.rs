@@ -53,6 +53,41 @@ pub trait Channel {
     fn close(&mut self);
 }
 
+impl<C: Channel + ?Sized> Channel for &mut C {
+    fn send(
+        &mut self,
+        message: &Message,
+        payload: &Payload<'_>,
+        patience: Patience<'_>,
+    ) -> Result<u64> {
+        (**self).send(message, payload, patience)
+    }
+
+    fn answer(&mut self, wait: Duration) -> Result<Option<Message>> {
+        (**self).answer(wait)
+    }
+
+    fn is_answered(&self) -> bool {
+        (**self).is_answered()
+    }
+
+    fn is_whole(&self) -> bool {
+        (**self).is_whole()
+    }
+
+    fn bytes(&self) -> u64 {
+        (**self).bytes()
+    }
+
+    fn sync(&self) -> Result<()> {
+        (**self).sync()
+    }
+
+    fn close(&mut self) {
+        (**self).close();
+    }
+}
+
 /// A stream as a channel.
 pub(crate) struct StreamChannel {
     outlet: Outlet,

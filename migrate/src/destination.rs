@@ -2,7 +2,7 @@
 
 use gleaner_bitmap::{BlockInfo, Layout};
 
-use crate::{Memory, Result};
+use crate::{NewMemory, Result};
 
 /// The guest to be, as the receiver sees it. The receiver calls the methods from one thread:
 ///
@@ -14,12 +14,12 @@ use crate::{Memory, Result};
 /// Errors are made with [`Error::destination`](crate::Error::destination); their text travels to the source and is what
 /// its user reads.
 pub trait Destination: Send {
-    /// Makes memory for a new block: writable, all zero, of exactly `block.pages` pages. Name and length are a peer's:
-    /// the name is fit for a file, the length may be more than this host has.
+    /// Makes memory for a new block: writable, of exactly `block.pages` pages. Name and length are a peer's: the name is
+    /// fit for a file, the length may be more than this host has.
     ///
     /// # Errors
     /// Why there is none; the migration ends.
-    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory>;
+    fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory>;
 
     /// The source removed the block. Called after the layout without it is in force, except when a new block takes its
     /// name: then it goes before the new one is added.

@@ -58,6 +58,24 @@ pub enum Error {
         /// For how long.
         after: Duration,
     },
+    /// One of several connections failed.
+    #[error("connection {number}: {cause}")]
+    Connection {
+        /// Its number; the first one, which leads, is 0.
+        number: usize,
+        /// What it met.
+        cause: Box<Error>,
+    },
+    /// More connections than can be.
+    #[error("{asked} connections are asked for, {to} takes 1 to {most}")]
+    Channels {
+        /// What was asked for.
+        asked: u16,
+        /// Where to.
+        to: String,
+        /// The most that can be.
+        most: u16,
+    },
     /// Not a stream of this format.
     #[error(
         "not a Gleaner stream: it starts with {found:02x?}; check address and format at both ends"

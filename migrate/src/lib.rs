@@ -11,7 +11,7 @@
 //! // the source
 //! let to: Address = "unix:/run/in.sock".parse()?;
 //! let id = MigrationId::random()?;
-//! let report = Sender::new(source, SenderOptions::new(id)).run(connect(&to)?);
+//! let report = Sender::new(source, SenderOptions::new(id)).run_to(&to);
 //! if report.status == Status::InDoubt {
 //!     // No answer after GO: the destination knows, when it can be reached again.
 //!     let outcome = query(&to, id, std::time::Duration::from_secs(5))?;
@@ -38,12 +38,18 @@
 #![allow(clippy::cast_precision_loss)]
 
 mod address;
+mod batch;
 mod blocks;
 mod channel;
 mod clock;
 mod destination;
 mod error;
 mod holes;
+mod job;
+mod joint;
+mod landing;
+mod lane;
+mod lanes;
 mod line;
 mod link;
 mod listener;
@@ -61,8 +67,11 @@ mod scan;
 mod sender;
 mod source;
 mod stream;
+mod supply;
 mod switchover;
+mod there;
 pub mod wire;
+mod written;
 
 pub use address::Address;
 pub use channel::Channel;
@@ -72,7 +81,7 @@ pub use error::{Error, Result};
 pub use holes::Holes;
 pub use line::{Break, Cut, Way};
 pub use listener::Listener;
-pub use memory::{MappedMemory, Memory, PageMemory};
+pub use memory::{MappedMemory, Memory, NewMemory, PageMemory};
 pub use memory_wire::MemoryWire;
 pub use outcome::{MigrationId, Outcome, Outcomes, ask, query, resolve, serve_query};
 pub use patience::CancelToken;

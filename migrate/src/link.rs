@@ -1,5 +1,7 @@
 //! The sender's end of a channel: limits, pace, and refusals that come when nobody awaits an answer.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::patience::{CancelToken, TICK};
@@ -9,7 +11,7 @@ use crate::{Channel, Clock, Error, Result};
 /// How long a half-written frame may go on after a cancellation: only whole frames leave room for the reason.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// What may end a wait early.
+/// What may end a wait early. Shared by all connections of a migration.
 pub(crate) struct Limits {
     pub(crate) clock: Clock,
     pub(crate) cancel: CancelToken,
@@ -17,46 +19,89 @@ pub(crate) struct Limits {
     pub(crate) deadline: Option<(Instant, Duration)>,
     pub(crate) silence: Duration,
     /// The source has let go of its guest: there is no way back, so nothing but silence ends a wait.
-    pub(crate) committed: bool,
+    pub(crate) committed: AtomicBool,
+    /// Another connection has failed, and the migration with it.
+    pub(crate) failed: AtomicBool,
+    pub(crate) pace: Pace,
+}
+
+/// A bandwidth limit, for all connections together.
+pub(crate) struct Pace {
+    /// Bytes a second.
+    limit: Option<u64>,
+    /// Not before then is the next frame due.
+    due: Mutex<Instant>,
+}
+
+impl Pace {
+    pub(crate) fn new(limit: Option<u64>, now: Instant) -> Self {
+        Self {
+            limit,
+            due: Mutex::new(now),
+        }
+    }
+
+    /// Takes the next place in the row, for `bytes` bytes: when it is due, if it is not at once.
+    fn reserve(&self, now: Instant, bytes: u64) -> Option<Instant> {
+        let limit = self.limit?.max(1);
+        let time = Duration::from_secs_f64(bytes as f64 / limit as f64);
+        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = (*due).max(now);
+        *due = slot + time;
+        Some(slot)
+    }
 }
 
 impl Limits {
     /// Fails when the migration was called off.
     pub(crate) fn check(&self) -> Result<()> {
+        if self.is_committed() {
+            return Ok(());
+        }
+        if self.failed.load(Ordering::Relaxed) {
+            // Nobody reads this: what has failed first is what is told.
+            return Err(Error::Closed {
+                during: "another connection failed",
+            });
+        }
         match self.deadline {
-            _ if self.committed => Ok(()),
             _ if self.cancel.is_cancelled() => Err(Error::Cancelled),
             Some((end, limit)) if self.clock.now() >= end => Err(Error::TimedOut { limit }),
             _ => Ok(()),
         }
     }
-}
 
-pub(crate) struct Link<'a> {
-    channel: &'a mut dyn Channel,
-    /// An answer that was taken while looking for a refusal.
-    taken: Option<Message>,
-    pub(crate) limits: Limits,
-    bandwidth: Option<u64>,
-    /// Not before then is the next frame due.
-    due: Instant,
-}
-
-impl<'a> Link<'a> {
-    pub(crate) fn new(
-        channel: &'a mut dyn Channel,
-        limits: Limits,
-        bandwidth: Option<u64>,
-    ) -> Self {
-        Self {
-            channel,
-            taken: None,
-            due: limits.clock.now(),
-            limits,
-            bandwidth,
-        }
+    pub(crate) fn is_committed(&self) -> bool {
+        self.committed.load(Ordering::Relaxed)
     }
 
+    /// Bytes of page contents that a frame may have, so that a bandwidth limit is kept smoothly.
+    pub(crate) fn frame_bytes(&self) -> u64 {
+        const MOST: u64 = 4 << 20;
+        let limit = self.pace.limit;
+        limit.map_or(MOST, |limit| (limit / 20).clamp(4096, MOST))
+    }
+}
+
+/// One connection of a sender.
+pub(crate) struct Link<C: Channel + ?Sized> {
+    /// An answer that was taken while looking for a refusal.
+    taken: Option<Message>,
+    pub(crate) limits: Arc<Limits>,
+    channel: C,
+}
+
+impl<C: Channel> Link<C> {
+    pub(crate) const fn new(channel: C, limits: Arc<Limits>) -> Self {
+        Self {
+            taken: None,
+            limits,
+            channel,
+        }
+    }
+}
+
+impl<C: Channel + ?Sized> Link<C> {
     pub(crate) fn is_answered(&self) -> bool {
         self.channel.is_answered()
     }
@@ -65,19 +110,11 @@ impl<'a> Link<'a> {
         self.channel.bytes()
     }
 
-    /// Bytes of page contents that a frame may have, so that a bandwidth limit is kept smoothly.
-    pub(crate) fn frame_bytes(&self) -> u64 {
-        const MOST: u64 = 4 << 20;
-        self.bandwidth
-            .map_or(MOST, |limit| (limit / 20).clamp(4096, MOST))
-    }
-
     /// Writes a frame when the bandwidth limit lets it, and returns its number.
     pub(crate) fn send(&mut self, message: &Message, payload: &Payload<'_>) -> Result<u64> {
         self.limits.check()?;
         self.look_for_refusal()?;
-        self.wait_until_due()?;
-        let before = self.channel.bytes();
+        self.wait_until_due(payload.bytes())?;
         let (limits, start) = (&self.limits, self.limits.clock.now());
         let patience = |stalled: Duration| {
             if stalled >= limits.silence {
@@ -91,18 +128,12 @@ impl<'a> Link<'a> {
             }
             Ok(())
         };
-        let sent = match self.channel.send(message, payload, &patience) {
+        match self.channel.send(message, payload, &patience) {
             Err(error @ (Error::Closed { .. } | Error::Io { .. })) => {
-                return Err(self.last_words().unwrap_or(error));
+                Err(self.last_words().unwrap_or(error))
             }
-            sent => sent?,
-        };
-        if let Some(limit) = self.bandwidth {
-            let bytes = (self.channel.bytes() - before) as f64;
-            let time = Duration::from_secs_f64(bytes / limit.max(1) as f64);
-            self.due = self.due.max(start) + time;
+            sent => sent,
         }
-        Ok(sent)
     }
 
     /// Brings everything written to the disk, where the stream is a file.
@@ -142,12 +173,16 @@ impl<'a> Link<'a> {
         }
     }
 
-    fn wait_until_due(&mut self) -> Result<()> {
-        let left = self.limits.clock.until(self.due);
-        if left.is_zero() || self.limits.committed {
+    fn wait_until_due(&mut self, payload: u64) -> Result<()> {
+        // What is said besides pages is short, and some of it is urgent.
+        if payload == 0 || self.limits.is_committed() {
             return Ok(());
         }
-        self.pause(left)
+        let now = self.limits.clock.now();
+        match self.limits.pace.reserve(now, payload) {
+            Some(due) if due > now => self.pause(due - now),
+            _ => Ok(()),
+        }
     }
 
     /// The next answer, if one comes within `wait`. A refusal is an error.
@@ -170,7 +205,7 @@ impl<'a> Link<'a> {
     }
 
     /// After a failed write: the refusal that explains it, if there is one.
-    fn last_words(&mut self) -> Option<Error> {
+    pub(crate) fn last_words(&mut self) -> Option<Error> {
         let end = self.limits.clock.now() + GRACE;
         loop {
             let left = self.limits.clock.until(end);
@@ -182,8 +217,8 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Tells the destination that it is over, if there is still a way to.
-    pub(crate) fn cancel(&mut self, reason: &str) {
+    /// Says something that is not answered and changes nothing if it is lost, if there is still a way to.
+    pub(crate) fn say_last(&mut self, message: &Message) {
         if self.channel.is_whole() {
             let patience = |stalled| {
                 if stalled >= GRACE {
@@ -191,14 +226,28 @@ impl<'a> Link<'a> {
                 }
                 Ok(())
             };
-            // It hears of the end of the stream in any case.
-            let _ = self
-                .channel
-                .send(&Message::Cancel(reason.into()), &Payload::None, &patience);
+            let _ = self.channel.send(message, &Payload::None, &patience);
         }
     }
 
-    pub(crate) fn close(self) {
+    pub(crate) fn close(&mut self) {
         self.channel.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_kept_whoever_takes_the_next_place() {
+        let now = Instant::now();
+        let pace = Pace::new(Some(1000), now);
+        let places: Vec<_> = [500, 250, 250].map(|n| pace.reserve(now, n)).to_vec();
+        let after = |ms| Some(now + Duration::from_millis(ms));
+        assert_eq!(places, [after(0), after(500), after(750)]);
+        // Time in which nothing was sent is not made up for.
+        let later = now + Duration::from_secs(9);
+        assert_eq!(pace.reserve(later, 1), Some(later));
     }
 }

@@ -35,6 +35,35 @@ pub trait PageMemory: Send + Sync {
 /// Shared handle on the memory of a block: it stays mapped for as long as somebody sends or writes its pages.
 pub type Memory = Arc<dyn PageMemory>;
 
+/// Memory that was made for a block that arrives.
+///
+/// What it holds decides what has to travel: where it is known to be zero, the source sends no zeros. So whoever makes it
+/// says which it is, and says `zero` only if the system has made the memory for this block and nobody has written to it.
+pub struct NewMemory {
+    pub(crate) memory: Memory,
+    pub(crate) is_zero: bool,
+}
+
+impl NewMemory {
+    /// Memory that holds nothing but zeros: anonymous, or a file's that is new or was emptied.
+    #[must_use]
+    pub fn zero(memory: Memory) -> Self {
+        Self {
+            memory,
+            is_zero: true,
+        }
+    }
+
+    /// Memory that may hold anything, because it was used before. Every page of it will be written.
+    #[must_use]
+    pub fn used(memory: Memory) -> Self {
+        Self {
+            memory,
+            is_zero: false,
+        }
+    }
+}
+
 /// Memory mapped by this process.
 #[derive(Debug)]
 pub struct MappedMemory {

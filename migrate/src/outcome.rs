@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::Read;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -124,7 +124,8 @@ impl Outcomes {
     }
 }
 
-/// Asks the destination at `address` what became of a migration, waiting at most `timeout` for its answer.
+/// Asks the destination at `address` what became of a migration, waiting at most `timeout` for its answer. One that has
+/// not decided yet, because it has not noticed that the source's connection is gone, is asked again.
 ///
 /// # Errors
 /// [`Error::Address`] for a file, which can't answer and is left as it is; [`Error::Io`], [`Error::Silent`],
@@ -134,8 +135,19 @@ pub fn query(address: &Address, id: MigrationId, timeout: Duration) -> Result<Ou
     if let Address::File(_) = address {
         return Err(file(address));
     }
-    ask(connect(address)?, id, timeout)
+    let end = Instant::now() + timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match ask(connect(address)?, id, left)? {
+            Outcome::Pending if left > AGAIN => std::thread::sleep(AGAIN),
+            outcome => return Ok(outcome),
+        }
+    }
 }
+
+/// Between two questions.
+const AGAIN: Duration = Duration::from_millis(100);
+
 
 fn file(address: &impl fmt::Display) -> Error {
     Error::Address {

@@ -1,15 +1,22 @@
-//! Receives a migration from a stream: what goes on at the destination is a [`Reception`].
+//! Receives a migration from streams: what goes on at the destination is a [`Reception`].
 
+use std::thread;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
 
+use crate::joint::{Joint, keep_the_door};
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::report::Received;
-use crate::wire::{Inlet, Message, Outlet, Patience, Payload};
+use crate::wire::{Inlet, MAX_CHANNELS, Message, Outlet, Patience, Payload};
 use crate::{
     CancelToken, Clock, Destination, Error, Listener, Outcomes, Peer, Reception, Result, Stream,
 };
+
+/// How long a new connection may take to say what it wants: while it is waited for, nobody else is heard.
+pub(crate) const GREETING: Duration = Duration::from_secs(5);
+/// How long the source may take to say that it has heard that the guest runs. It runs meanwhile.
+const HEARD: Duration = Duration::from_secs(2);
 
 /// What a receiver shall be like.
 #[derive(Clone, Debug)]
@@ -51,8 +58,9 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// Receives from the first connection that brings a migration; answers those that ask for an outcome, and goes on
-    /// listening after those that bring neither (a probe of the port, another release).
+    /// Receives from the first connection that brings a migration, and from those that join it; answers those that ask
+    /// for an outcome, and goes on listening after those that bring neither (a probe of the port, another release).
+    /// Another migration that comes meanwhile is refused.
     ///
     /// # Errors
     /// [`Error::Io`] of the listener: no migration has begun.
@@ -69,7 +77,7 @@ impl<'a> Receiver<'a> {
                 Err(error) => return Err(error),
             };
             let again = Receiver::new(&mut *self.destination, self.options.clone());
-            let received = again.run(stream);
+            let received = again.receive(stream, Some(listener));
             match &received.error {
                 Some(Error::Cancelled) => return Ok(received),
                 Some(error) if received.migration_id.is_none() && listener.is_socket() => {
@@ -80,9 +88,14 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// Receives from `stream`, which is closed afterwards. Errors are in the report.
+    /// Receives from `stream` alone, which is closed afterwards. Errors are in the report.
     #[must_use]
     pub fn run(self, stream: Stream) -> Received {
+        self.receive(stream, None)
+    }
+
+    fn receive(self, stream: Stream, listener: Option<&Listener>) -> Received {
+        let listener = listener.filter(|listener| listener.is_socket());
         let mut peer = match StreamPeer::open(stream, &self.options) {
             Ok(peer) => peer,
             Err(error) => {
@@ -91,8 +104,20 @@ impl<'a> Receiver<'a> {
                 return report;
             }
         };
-        let mut reception = Reception::new(self.destination, self.options.clone());
-        let ended = peer.frames(&mut reception);
+        let most = listener.map_or(1, |_| MAX_CHANNELS);
+        let mut reception = Reception::new(self.destination, self.options.clone()).up_to(most);
+        let joint = Joint::new(reception.landing(), self.options.clone());
+        // All other connections have ended before the reception does.
+        let ended = thread::scope(|scope| {
+            let joint = &joint;
+            let ended = peer.frames(&mut reception, joint, |id| {
+                if let Some(listener) = listener {
+                    scope.spawn(move || keep_the_door(scope, listener, id, joint));
+                }
+            });
+            joint.end();
+            ended
+        });
         let report = reception.end(ended, &mut peer);
         peer.outlet.stream().linger(LINGER);
         report
@@ -100,14 +125,14 @@ impl<'a> Receiver<'a> {
 }
 
 /// The source at the other end of a stream.
-struct StreamPeer<'o> {
-    inlet: Inlet,
+pub(crate) struct StreamPeer<'o> {
+    pub(crate) inlet: Inlet,
     outlet: Outlet,
     options: &'o ReceiverOptions,
 }
 
 impl<'o> StreamPeer<'o> {
-    fn open(stream: Stream, options: &'o ReceiverOptions) -> Result<Self> {
+    pub(crate) fn open(stream: Stream, options: &'o ReceiverOptions) -> Result<Self> {
         stream.set_timeouts(Some(TICK), Some(TICK))?;
         Ok(Self {
             inlet: Inlet::new(stream.try_clone()?),
@@ -116,32 +141,77 @@ impl<'o> StreamPeer<'o> {
         })
     }
 
-    /// Frames, until the guest runs.
-    fn frames(&mut self, reception: &mut Reception<'_>) -> Result<()> {
+    /// Frames, until the guest runs and the source has heard of it, if it does. `begun` is called once, when the
+    /// migration has.
+    fn frames(
+        &mut self,
+        reception: &mut Reception<'_>,
+        joint: &Joint,
+        begun: impl FnOnce(crate::MigrationId),
+    ) -> Result<()> {
+        let mut begun = Some(begun);
         loop {
             let doing = reception.doing();
-            let (header, message) = self.inlet.receive(doing, &patience(self.options, doing))?;
+            let waits = match (reception.id(), reception.is_running()) {
+                (None, _) => self.options.io_timeout.min(GREETING),
+                (_, true) => self.options.io_timeout.min(HEARD),
+                _ => self.options.io_timeout,
+            };
+            let usual = patience(self.options, doing, waits);
+            let running = reception.is_running();
+            let patience = |after| {
+                if !running {
+                    joint.check()?;
+                }
+                usual(after)
+            };
+            let (header, message) = self.inlet.receive(doing, &patience)?;
+            if !running {
+                joint.check()?;
+            }
             if reception.frame(&header, message, self)? {
                 return Ok(());
+            }
+            if let Some(id) = reception.id()
+                && let Some(begun) = begun.take()
+            {
+                begun(id);
             }
         }
     }
 }
 
+impl StreamPeer<'_> {
+    /// Says why there is nothing for whoever this is, and hangs up.
+    pub(crate) fn refuse(&mut self, reason: &str) -> Result<()> {
+        self.answer(&Message::Refused(reason.into()))?;
+        self.outlet.stream().linger(Duration::ZERO);
+        Ok(())
+    }
+}
+
 impl Peer for StreamPeer<'_> {
     fn pages(&mut self, pieces: &[VolatileSlice<'_>]) -> Result<()> {
-        self.inlet
-            .pages(pieces, &patience(self.options, "receiving pages"))
+        self.inlet.pages(
+            pieces,
+            &patience(self.options, "receiving pages", self.options.io_timeout),
+        )
     }
 
     fn bytes(&mut self, length: u32) -> Result<Vec<u8>> {
-        self.inlet
-            .bytes(length, &patience(self.options, "receiving the state"))
+        self.inlet.bytes(
+            length,
+            &patience(self.options, "receiving the state", self.options.io_timeout),
+        )
     }
 
     fn answer(&mut self, message: &Message) -> Result<()> {
         let refusing = silent_after("refusing", LINGER);
-        let answering = patience(self.options, "answering the source");
+        let answering = patience(
+            self.options,
+            "answering the source",
+            self.options.io_timeout,
+        );
         let patience: Patience<'_> = match message {
             // The last word is said even by an end that was called off.
             Message::Refused(_) => &refusing,
@@ -160,12 +230,13 @@ impl Peer for StreamPeer<'_> {
 fn patience<'o>(
     options: &'o ReceiverOptions,
     during: &'static str,
+    limit: Duration,
 ) -> impl Fn(Duration) -> Result<()> + use<'o> {
     move |after| {
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        if after >= options.io_timeout {
+        if after >= limit {
             return Err(Error::Silent { during, after });
         }
         Ok(())

@@ -7,7 +7,7 @@
 //!    | Query           |    +----+
 //!    v                 | State: all memory is here, ready() builds the guest
 //!  Outcome, end        v
-//!                    Built --READY-->  ... GO --> run() --RUNNING--> completed
+//!                    Built --READY-->  ... GO --> run() --RUNNING--> Running --Heard, or nothing--> completed
 //!                      |                            |
 //!     any error, Cancel, silence, end of stream     | error: no vCPU has run
 //!                      v                            v
@@ -16,15 +16,19 @@
 //!
 //! The outcome is recorded before it is said: a source that has lost the connection reads it by a
 //! [`query`](crate::query).
+//!
+//! Pages may come over further connections at the same time; the driver opens them and hands their frames to
+//! the `Landing` that they share with this one.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use gleaner_bitmap::PAGE_SIZE;
 use vm_memory::VolatileSlice;
 
-use crate::blocks::Blocks;
+use crate::landing::Landing;
 use crate::report::Received;
-use crate::wire::{Header, Kind, Message, VERSION};
+use crate::wire::{Header, Hello, Kind, Message, StateBody, VERSION};
 use crate::{Destination, Error, MigrationId, Outcome, ReceiverOptions, Result};
 
 /// The source, as a [`Reception`] hears and answers it.
@@ -58,6 +62,7 @@ enum Phase {
     Greeting,
     Receiving,
     Built,
+    Running,
 }
 
 impl Phase {
@@ -66,6 +71,7 @@ impl Phase {
             Self::Greeting => "awaiting a migration",
             Self::Receiving => "receiving memory",
             Self::Built => "awaiting GO",
+            Self::Running => "awaiting that the source has heard",
         }
     }
 
@@ -77,6 +83,7 @@ impl Phase {
                 Kind::Layout | Kind::Pages | Kind::Zeros | Kind::Sync | Kind::State | Kind::Cancel
             ),
             Self::Built => matches!(kind, Kind::Go | Kind::Cancel),
+            Self::Running => matches!(kind, Kind::Heard),
         }
     }
 }
@@ -93,7 +100,9 @@ pub struct Reception<'a> {
     start: Instant,
     report: Received,
     phase: Phase,
-    blocks: Blocks,
+    landing: Arc<Landing>,
+    /// Most connections that the driver can open.
+    most_channels: u16,
     /// Set once the id is this session's to decide on.
     id: Option<MigrationId>,
 }
@@ -108,9 +117,32 @@ impl<'a> Reception<'a> {
             options,
             report: Received::nothing(),
             phase: Phase::Greeting,
-            blocks: Blocks::default(),
+            landing: Arc::default(),
+            most_channels: 1,
             id: None,
         }
+    }
+
+    /// The driver opens up to so many connections.
+    pub(crate) fn up_to(mut self, channels: u16) -> Self {
+        self.most_channels = channels;
+        self
+    }
+
+    /// Where the frames of further connections land.
+    pub(crate) fn landing(&self) -> Arc<Landing> {
+        Arc::clone(&self.landing)
+    }
+
+    /// The migration, once it has begun.
+    pub(crate) const fn id(&self) -> Option<MigrationId> {
+        self.id
+    }
+
+    /// Whether the guest runs here: nothing is an error any more.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running
     }
 
     /// What this end is doing, for errors of waiting.
@@ -141,66 +173,34 @@ impl<'a> Reception<'a> {
             });
         }
         match message {
-            Message::Hello(hello) => {
-                if hello.version != VERSION {
-                    return Err(Error::Version {
-                        found: hello.version,
-                    });
-                }
-                if hello.page_size != PAGE_SIZE {
-                    return Err(Error::PageSize {
-                        found: hello.page_size,
-                    });
-                }
-                self.report.migration_id = Some(hello.id);
-                self.report.source = hello.name;
-                self.options.outcomes.begin(hello.id)?;
-                self.id = Some(hello.id);
-                self.phase = Phase::Receiving;
-                answer(peer, &Message::Welcome(VERSION))?;
-            }
+            Message::Hello(hello) => self.greet(hello, peer)?,
             Message::Query(id) => {
                 let outcome = self.options.outcomes.get(id);
                 answer(peer, &Message::Outcome(outcome))?;
                 return Err(Error::OnlyQuery);
             }
             Message::Layout(layout) => {
-                self.blocks.change(layout, self.destination)?;
+                let adopted = self.landing.change(layout, self.destination)?;
                 self.report.layouts += 1;
+                answer(peer, &Message::Adopted(adopted))?;
             }
-            Message::Pages(extents) => {
-                let pages = self.blocks.check(&extents)?;
-                check_payload(header, pages.saturating_mul(PAGE_SIZE))?;
-                self.blocks.write(&extents, |pieces| peer.pages(pieces))?;
-                self.report.pages += pages;
+            Message::Pages(_) | Message::Zeros(_) | Message::Sync => {
+                self.landing.frame(header, &message, peer)?;
             }
-            Message::Zeros(extents) => {
-                self.report.zero_pages += self.blocks.check(&extents)?;
-                self.blocks.zero(&extents)?;
-            }
-            Message::Sync => answer(peer, &Message::Applied(header.sequence))?,
-            Message::State(described) => {
-                self.blocks
-                    .check_generation("the state of the guest", described.generation)?;
-                let state = peer.bytes(header.payload)?;
-                if crc32fast::hash(&state) != described.crc {
-                    return Err(Error::Checksum { what: "state" });
-                }
-                self.destination.ready(state)?;
-                self.phase = Phase::Built;
-                self.report.may_be_asked = peer.listens();
-                answer(peer, &Message::Ready)?;
-            }
+            Message::State(described) => self.build(header, described, peer)?,
             Message::Go => {
                 self.destination.run()?;
                 // From here on nothing is an error: the guest runs, and whoever asks is told so.
                 self.decided(Outcome::Running);
-                match answer(peer, &Message::Running) {
-                    Ok(()) => self.report.may_be_asked = false,
-                    Err(error) => {
-                        tracing::warn!(%error, "the source could not be told that the guest runs");
-                    }
+                self.phase = Phase::Running;
+                if let Err(error) = answer(peer, &Message::Running) {
+                    tracing::warn!(%error, "the source could not be told that the guest runs");
+                    return Ok(true);
                 }
+                return Ok(!peer.listens());
+            }
+            Message::Heard => {
+                self.report.may_be_asked = false;
                 return Ok(true);
             }
             Message::Cancel(reason) => {
@@ -214,12 +214,55 @@ impl<'a> Reception<'a> {
         Ok(false)
     }
 
+    fn greet(&mut self, hello: Hello, peer: &mut dyn Peer) -> Result<()> {
+        if hello.version != VERSION {
+            return Err(Error::Version {
+                found: hello.version,
+            });
+        }
+        if hello.page_size != PAGE_SIZE {
+            return Err(Error::PageSize {
+                found: hello.page_size,
+            });
+        }
+        if !(1..=self.most_channels).contains(&hello.channels) {
+            return Err(Error::Channels {
+                asked: hello.channels,
+                to: "this destination".into(),
+                most: self.most_channels,
+            });
+        }
+        self.report.migration_id = Some(hello.id);
+        self.report.source = hello.name;
+        self.options.outcomes.begin(hello.id)?;
+        self.id = Some(hello.id);
+        self.phase = Phase::Receiving;
+        answer(peer, &Message::Welcome(VERSION))
+    }
+
+    fn build(&mut self, header: &Header, described: StateBody, peer: &mut dyn Peer) -> Result<()> {
+        self.landing.close(described.generation)?;
+        let state = peer.bytes(header.payload)?;
+        if crc32fast::hash(&state) != described.crc {
+            return Err(Error::Checksum { what: "state" });
+        }
+        self.destination.ready(state)?;
+        self.phase = Phase::Built;
+        self.report.may_be_asked = peer.listens();
+        answer(peer, &Message::Ready)
+    }
+
     /// Ends it: with `Ok` after the last frame, with the error of a frame, or with what kept the next one from coming.
     /// Tells the source of a refusal, unless the error says that it has gone.
     #[must_use]
     pub fn end(mut self, ended: Result<()>, peer: &mut dyn Peer) -> Received {
-        self.report.blocks = self.blocks.len();
-        if let Err(error) = ended {
+        let (blocks, pages, zeros) = self.landing.counts();
+        self.report.blocks = blocks;
+        self.report.pages = pages;
+        self.report.zero_pages = zeros;
+        if let Err(error) = ended
+            && self.phase != Phase::Running
+        {
             if !matches!(error, Error::OnlyQuery) {
                 self.refuse(&error, peer);
             }
@@ -248,23 +291,10 @@ impl<'a> Reception<'a> {
 }
 
 /// Says something to the source, if anybody listens.
-fn answer(peer: &mut dyn Peer, message: &Message) -> Result<()> {
+pub(crate) fn answer(peer: &mut dyn Peer, message: &Message) -> Result<()> {
     if peer.listens() {
         peer.answer(message)
     } else {
         Ok(())
-    }
-}
-
-fn check_payload(header: &Header, described: u64) -> Result<()> {
-    let carried = u64::from(header.payload);
-    if described == carried {
-        Ok(())
-    } else {
-        Err(Error::PayloadLength {
-            kind: header.kind.name(),
-            described,
-            carried,
-        })
     }
 }

@@ -17,20 +17,24 @@
 //! A file gives no answers: leases are acknowledged when they are written, and what would be asked of the destination
 //! before `relinquish` is asked of the disk.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use gleaner_bitmap::PAGE_SIZE;
 use gleaner_bitmap::mutant::{self, Mutant};
-use gleaner_bitmap::{Layout, PAGE_SIZE};
 
 use crate::channel::StreamChannel;
-use crate::link::{Limits, Link};
+use crate::lane::Lane;
+use crate::lanes::Lanes;
+use crate::link::{Limits, Link, Pace};
 use crate::policy::{Goal, History, OnTimeout, Verdict};
-use crate::wire::{Hello, Message, Payload, VERSION};
+use crate::supply::Supply;
+use crate::there::There;
+use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
-    CancelToken, Channel, Clock, Error, LeaseId, MigrationId, Progress, Report, Result, Source,
-    Status, Stream,
+    Address, CancelToken, Channel, Clock, Error, MigrationId, Progress, Report, Result, Source,
+    Status, Stream, connect,
 };
 
 /// Asked before each switchover: not before it returns true.
@@ -50,7 +54,9 @@ pub struct SenderOptions {
     pub timeout: Option<Duration>,
     /// What happens when it is over. Cancel.
     pub on_timeout: OnTimeout,
-    /// The most bytes a second. No limit.
+    /// Connections that pages go over, 1 to [`MAX_CHANNELS`]. 1.
+    pub channels: u16,
+    /// The most bytes a second, all connections together. No limit.
     pub bandwidth_limit: Option<u64>,
     /// How long the destination may be silent when it is its turn. 30 s.
     pub io_timeout: Duration,
@@ -74,6 +80,7 @@ impl SenderOptions {
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             on_timeout: OnTimeout::default(),
+            channels: 1,
             bandwidth_limit: None,
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
@@ -97,119 +104,186 @@ impl<'a> Sender<'a> {
         Self { source, options }
     }
 
-    /// Migrates over `stream`, which is closed afterwards. Errors are in the report: its status says where the guest is.
+    /// Migrates to the destination at `address`, over as many connections as the options say. Errors are in the report:
+    /// its status says where the guest is.
+    #[must_use]
+    pub fn run_to(self, address: &Address) -> Report {
+        let channels = self.options.channels;
+        let most = match address {
+            Address::Tcp { .. } | Address::Unix(_) => MAX_CHANNELS,
+            Address::Fd(_) | Address::File(_) => 1,
+        };
+        if !(1..=most).contains(&channels) {
+            let to = address.to_string();
+            return self.failed(Error::Channels {
+                asked: channels,
+                to,
+                most,
+            });
+        }
+        match connect(address) {
+            Ok(stream) if channels == 1 => self.run(stream),
+            Ok(stream) => self.run_on_many(stream, address),
+            Err(error) => self.failed(error),
+        }
+    }
+
+    /// As [`Sender::run_to`], over one stream that is open already, and closed afterwards.
     #[must_use]
     pub fn run(self, stream: Stream) -> Report {
         match StreamChannel::open(stream) {
             Ok(mut channel) => self.run_over(&mut channel),
-            Err(error) => {
-                let mut report = Report::new(self.options.id);
-                report.status = Status::Failed;
-                if let Err(again) = self.source.resume() {
-                    report.status = Status::InDoubt;
-                    tracing::error!(%again, "the source can't resume");
-                }
-                report.reason = Some(error.to_string());
-                report.error = Some(error);
-                report
-            }
+            Err(error) => self.failed(error),
         }
     }
 
-    /// As [`Sender::run`], over anything that carries frames.
+    /// As [`Sender::run_to`], over one channel of any kind.
     #[must_use]
     pub fn run_over(self, channel: &mut dyn Channel) -> Report {
-        let options = self.options;
-        let start = options.clock.now();
-        let on_timeout = options.on_timeout;
-        let limits = Limits {
-            clock: options.clock,
-            cancel: options.cancel,
+        if self.options.channels != 1 {
+            let asked = self.options.channels;
+            let to = "a stream that is open already".to_owned();
+            return self.failed(Error::Channels { asked, to, most: 1 });
+        }
+        let limits = self.limits();
+        let lanes = Lanes::One(Lane::new(Link::new(channel, limits)));
+        let mut session = Session::new(self.source, self.options, lanes);
+        let ended = session.greet(1).and_then(|()| session.migrate());
+        session.finish(ended)
+    }
+
+    fn run_on_many(self, first: Stream, address: &Address) -> Report {
+        let channels = self.options.channels;
+        let limits = self.limits();
+        let lane = |stream| {
+            let channel = StreamChannel::open(stream)?;
+            Ok(Lane::new(Link::new(channel, Arc::clone(&limits))))
+        };
+        let first = match lane(first) {
+            Ok(first) => first,
+            Err(error) => return self.failed(error),
+        };
+        let lanes = Lanes::Many(vec![first]);
+        let mut session = Session::new(self.source, self.options, lanes);
+        let ended = session
+            .greet(channels)
+            .and_then(|()| {
+                (1..channels).try_for_each(|number| session.join(lane(connect(address)?)?, number))
+            })
+            .and_then(|()| session.migrate());
+        session.finish(ended)
+    }
+
+    /// It failed before there was anything to send over.
+    fn failed(self, error: Error) -> Report {
+        let mut report = Report::new(self.options.id);
+        report.status = Status::Failed;
+        if let Err(again) = self.source.resume() {
+            report.status = Status::InDoubt;
+            tracing::error!(%again, "the source can't resume");
+        }
+        report.reason = Some(error.to_string());
+        report.error = Some(error);
+        report
+    }
+
+    fn limits(&self) -> Arc<Limits> {
+        let options = &self.options;
+        let now = options.clock.now();
+        Arc::new(Limits {
+            clock: options.clock.clone(),
+            cancel: options.cancel.clone(),
             // Where the timeout forces the switchover, it is the policy's business alone.
             deadline: options
                 .timeout
-                .filter(|_| on_timeout == OnTimeout::Cancel)
-                .and_then(|limit| Some((start.checked_add(limit)?, limit))),
+                .filter(|_| options.on_timeout == OnTimeout::Cancel)
+                .and_then(|limit| Some((now.checked_add(limit)?, limit))),
             silence: options.io_timeout,
-            committed: false,
-        };
-        let mut session = Session {
-            source: self.source,
-            link: Link::new(channel, limits, options.bandwidth_limit),
-            report: Report::new(options.id),
-            start,
-            goal: Goal {
-                downtime_limit: options.downtime_limit,
-                timeout: options.timeout,
-                on_timeout,
-                held: false,
-            },
-            hold: options.hold,
-            on_progress: options.on_progress,
-            history: History::default(),
-            sent_layout: None,
-            in_flight: VecDeque::new(),
-            stopped: None,
-        };
-        let hello = Hello {
-            version: VERSION,
-            id: options.id,
-            name: options.name,
-            page_size: PAGE_SIZE,
-        };
-        let ended = session.migrate(hello);
-        session.finish(ended)
+            committed: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            pace: Pace::new(options.bandwidth_limit, now),
+        })
     }
 }
 
 /// A migration under way.
 pub(crate) struct Session<'a> {
-    pub(crate) source: &'a mut dyn Source,
-    pub(crate) link: Link<'a>,
+    pub(crate) supply: Supply<'a>,
+    pub(crate) lanes: Lanes<'a>,
+    pub(crate) there: There,
     pub(crate) report: Report,
+    pub(crate) clock: Clock,
     pub(crate) start: Instant,
+    name: String,
     pub(crate) goal: Goal,
     pub(crate) hold: Option<Hold>,
     pub(crate) on_progress: Option<OnProgress>,
     pub(crate) history: History,
-    /// The layout that the destination has.
-    pub(crate) sent_layout: Option<Arc<Layout>>,
-    /// Leases written and not yet acknowledged, with the frame that asks for it.
-    pub(crate) in_flight: VecDeque<InFlight>,
     /// When the guest was stopped.
     pub(crate) stopped: Option<Instant>,
 }
 
-/// A lease that the destination has not confirmed.
-pub(crate) struct InFlight {
-    pub(crate) lease: LeaseId,
-    /// The Sync after it; `None` as long as it isn't written.
-    pub(crate) sync: Option<u64>,
-    pub(crate) since: Instant,
-}
-
-impl Session<'_> {
-    pub(crate) const fn clock(&self) -> &Clock {
-        &self.link.limits.clock
+impl<'a> Session<'a> {
+    fn new(source: &'a mut dyn Source, options: SenderOptions, lanes: Lanes<'a>) -> Self {
+        Self {
+            supply: Supply::new(source, options.channels.into()),
+            lanes,
+            there: There::default(),
+            report: Report::new(options.id),
+            start: options.clock.now(),
+            clock: options.clock,
+            name: options.name,
+            goal: Goal {
+                downtime_limit: options.downtime_limit,
+                timeout: options.timeout,
+                on_timeout: options.on_timeout,
+                held: false,
+            },
+            hold: options.hold,
+            on_progress: options.on_progress,
+            history: History::default(),
+            stopped: None,
+        }
     }
 
-    fn migrate(&mut self, hello: Hello) -> Result<()> {
-        self.link.send(&Message::Hello(hello), &Payload::None)?;
-        if self.link.is_answered() {
-            match self.link.answer("awaiting the welcome")? {
-                Message::Welcome(VERSION) => {}
-                Message::Welcome(found) => return Err(Error::Version { found }),
-                other => return Err(unexpected(&other, "the welcome was awaited")),
-            }
+    /// Opens the migration, over `channels` connections.
+    fn greet(&mut self, channels: u16) -> Result<()> {
+        let hello = Message::Hello(Hello {
+            version: VERSION,
+            id: self.report.migration_id,
+            name: std::mem::take(&mut self.name),
+            page_size: PAGE_SIZE,
+            channels,
+        });
+        welcome(self.lanes.lead(), &hello)
+    }
+
+    /// Adds a connection to a migration that is open.
+    fn join(&mut self, mut lane: Lane<StreamChannel>, number: u16) -> Result<()> {
+        let join = Message::Join(Join {
+            id: self.report.migration_id,
+            channel: number,
+        });
+        welcome(&mut lane, &join)?;
+        if let Lanes::Many(lanes) = &mut self.lanes {
+            lanes.push(lane);
         }
+        Ok(())
+    }
+
+    fn migrate(&mut self) -> Result<()> {
         self.precopy()?;
         self.switch_over()
+    }
+
+    fn limits(&mut self) -> Arc<Limits> {
+        Arc::clone(&self.lanes.lead().link.limits)
     }
 
     /// Brings the source to where it belongs and tells how it went.
     fn finish(mut self, ended: Result<()>) -> Report {
         // Asked before the attempt ends at the source, which forgets it then.
-        match self.source.transactions() {
+        match self.supply.source.transactions() {
             Ok(transactions) => self.report.transactions = transactions,
             Err(error) => tracing::warn!(%error, "the number of transactions is unknown"),
         }
@@ -217,18 +291,18 @@ impl Session<'_> {
             self.end(error);
         }
         if let Some(stopped) = self.stopped {
-            self.report.downtime_ms = millis(self.clock().since(stopped));
+            self.report.downtime_ms = millis(self.clock.since(stopped));
         }
-        self.report.total_ms = millis(self.clock().since(self.start));
-        self.report.bytes_on_wire = self.link.bytes();
-        self.link.close();
+        self.report.total_ms = millis(self.clock.since(self.start));
+        self.count();
+        self.lanes.close();
         self.report
     }
 
     fn end(&mut self, error: Error) {
         let mut reason = error.to_string();
         let refused = matches!(error, Error::Refused { .. });
-        let in_doubt = self.link.limits.committed && !refused;
+        let in_doubt = self.limits().is_committed() && !refused;
         if in_doubt && !mutant::is_planted(Mutant::DoubtTakenForFailure) {
             self.report.status = Status::InDoubt;
             reason = format!(
@@ -241,24 +315,28 @@ impl Session<'_> {
                 Error::Cancelled => Status::Cancelled,
                 _ => Status::Failed,
             };
-            for lease in self.in_flight.drain(..) {
-                // A source that lost its leases starts the next attempt with everything dirty.
-                if let Err(error) = self.source.release(lease.lease) {
-                    tracing::warn!(%error, "a lease can't be released");
-                }
-            }
+            self.supply.release();
             // The destination can't run without GO, so the guest needn't wait for it to hear of the end.
-            if let Err(error) = self.source.resume() {
+            if let Err(error) = self.supply.source.resume() {
                 self.report.status = Status::InDoubt;
                 reason = format!("{reason}; and then the guest could not be resumed: {error}");
             }
             if !refused {
-                self.link.cancel(&reason);
+                let cancel = Message::Cancel(reason.clone());
+                self.lanes.lead().link.say_last(&cancel);
             }
         }
         tracing::info!(status = ?self.report.status, reason, "migration ended");
         self.report.reason = Some(reason);
         self.report.error = Some(error);
+    }
+
+    /// Brings the report's counts up to date.
+    pub(crate) fn count(&mut self) {
+        let (sent, bytes) = self.lanes.sent();
+        self.report.pages_sent = sent.pages;
+        self.report.zero_pages = sent.zeros;
+        self.report.bytes_on_wire = bytes;
     }
 
     /// Adds a round to the report.
@@ -283,7 +361,7 @@ impl Session<'_> {
     /// What the policy says now.
     pub(crate) fn decide(&mut self) -> crate::policy::Decision {
         self.goal.held = self.hold.as_mut().is_some_and(|may| !may());
-        self.history.elapsed = self.clock().since(self.start);
+        self.history.elapsed = self.clock.since(self.start);
         crate::policy::decide(&self.history, &self.goal)
     }
 
@@ -295,6 +373,19 @@ impl Session<'_> {
             }),
             _ => Ok(()),
         }
+    }
+}
+
+/// Says hello or joins, and awaits the welcome.
+fn welcome<C: Channel + ?Sized>(lane: &mut Lane<C>, greeting: &Message) -> Result<()> {
+    lane.link.send(greeting, &Payload::None)?;
+    if !lane.link.is_answered() {
+        return Ok(());
+    }
+    match lane.link.answer("awaiting the welcome")? {
+        Message::Welcome(VERSION) => Ok(()),
+        Message::Welcome(found) => Err(Error::Version { found }),
+        other => Err(unexpected(&other, "the welcome was awaited")),
     }
 }
 

@@ -125,6 +125,17 @@ impl LeasedPart {
         Self { extent, memory }
     }
 
+    /// Some of its pages, to be sent by themselves.
+    pub(crate) fn share(&self, range: PageRange) -> Self {
+        Self {
+            extent: Extent {
+                range,
+                ..self.extent
+            },
+            memory: Memory::clone(&self.memory),
+        }
+    }
+
     /// The pages.
     #[must_use]
     pub const fn extent(&self) -> Extent {

@@ -1,5 +1,7 @@
 //! Switchover: the guest stops here and runs there, never at both ends.
 
+use std::sync::atomic::Ordering;
+
 use gleaner_bitmap::mutant::{self, Mutant};
 
 use crate::policy::{Decision, Verdict};
@@ -10,48 +12,46 @@ use crate::{Error, Result};
 impl Session<'_> {
     /// Stops the guest, sends what is left and its state, and hands it over.
     ///
-    /// An error with `limits.committed` unset means that the destination was never told to run.
+    /// An error with `committed` unset means that the destination was never told to run.
     pub(crate) fn switch_over(&mut self) -> Result<()> {
         let mark = self.mark();
-        self.stopped = Some(self.clock().now());
-        self.source.stop()?;
+        self.stopped = Some(self.clock.now());
+        self.supply.source.stop()?;
         // Saving state dirties memory, so the last harvest comes after it.
-        let mut state = self.source.state()?;
+        let mut state = self.supply.source.state()?;
         let dirty = self.harvest()?.dirty_pages;
+        self.supply.last_layout()?;
+        self.send_layout()?;
         self.history.remaining_pages = dirty;
         let leased = self.send_pages(None)?;
         if leased < dirty {
             return Err(Error::HeldBack { leased, dirty });
         }
         if mutant::is_planted(Mutant::StateSavedLast) {
-            state = self.source.state()?;
+            state = self.supply.source.state()?;
         }
-        let generation = self
-            .sent_layout
-            .as_deref()
-            .map(gleaner_bitmap::Layout::generation)
-            .unwrap_or_default();
         let described = Message::State(StateBody {
-            generation,
+            generation: self.supply.sent_generation(),
             crc: crc32fast::hash(&state),
         });
-        self.link.send(&described, &Payload::Bytes(&state))?;
-        if !self.link.is_answered() {
-            self.link.sync()?;
+        let link = &mut self.lanes.lead().link;
+        link.send(&described, &Payload::Bytes(&state))?;
+        if !link.is_answered() {
+            link.sync()?;
         } else {
-            match self.link.answer("awaiting that the destination is ready")? {
+            match link.answer("awaiting that the destination is ready")? {
                 Message::Ready => {}
                 other => return Err(unexpected(&other, "the destination was to be ready")),
             }
         }
-        self.link.limits.check()?;
-        self.source.relinquish()?;
-        self.link.limits.committed = true;
-        self.link.send(&Message::Go, &Payload::None)?;
-        if !self.link.is_answered() {
-            self.link.sync()?;
+        link.limits.check()?;
+        self.supply.source.relinquish()?;
+        link.limits.committed.store(true, Ordering::Relaxed);
+        link.send(&Message::Go, &Payload::None)?;
+        if !link.is_answered() {
+            link.sync()?;
         } else {
-            match self.link.answer("awaiting that the guest runs")? {
+            match link.answer("awaiting that the guest runs")? {
                 Message::Running => {}
                 other => return Err(unexpected(&other, "the guest was to run")),
             }
@@ -63,7 +63,7 @@ impl Session<'_> {
     /// The guest runs there. Nothing that fails from here on changes that.
     fn completed(&mut self, mark: &crate::rounds::Mark) {
         if let Some(stopped) = self.stopped.take() {
-            self.report.downtime_ms = crate::sender::millis(self.clock().since(stopped));
+            self.report.downtime_ms = crate::sender::millis(self.clock.since(stopped));
         }
         self.history.remaining_pages = 0;
         let done = Decision {
@@ -73,11 +73,14 @@ impl Session<'_> {
         };
         let progress = self.progress(self.report.rounds + 1, mark, &done);
         self.tell(progress);
-        if let Err(error) = self.source.complete() {
+        if let Err(error) = self.supply.source.complete() {
+            // Not told that it was heard: whoever attaches to the source next has to ask.
             let reason = format!("migrated, but the source could not be told so: {error}");
             tracing::error!(reason);
             self.report.reason = Some(reason);
             self.report.error = Some(Error::source(error));
+        } else if self.lanes.lead().link.is_answered() {
+            self.lanes.lead().link.say_last(&Message::Heard);
         }
     }
 }

@@ -43,10 +43,9 @@ fn over_a_socket_pair_while_the_guest_writes() {
     assert_same(&source, &place);
     assert!(source.guest().no_leases());
     assert_eq!(place.place().state, b"state of the guest");
-    assert_eq!(
-        (received.pages, received.zero_pages),
-        (report.pages_sent, report.zero_pages)
-    );
+    assert_eq!(received.pages, report.pages_sent);
+    // Of pages of zeros only those travel that had contents before.
+    assert!(received.zero_pages < report.zero_pages / 10);
     assert!(
         report.rounds >= 2 && report.downtime_ms > 0.0 && report.first_round_bytes_per_second > 0.0
     );

@@ -14,7 +14,8 @@ fn small() -> ToySource {
     ToySource::new(12)
 }
 
-/// Bytes that a whole migration of [`small`] sends, each way.
+/// Bytes that a whole migration of [`small`] sends, each way, until it is decided: without the last frame, which says that
+/// the source has heard.
 fn lengths() -> [u64; 2] {
     let (near, far, line) = line([Fault::default(); 2]);
     let (report, _) = migrate(
@@ -26,7 +27,8 @@ fn lengths() -> [u64; 2] {
         far,
     );
     assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
-    line.map(|thread| thread.join().unwrap())
+    let [forth, back] = line.map(|thread| thread.join().unwrap());
+    [forth - wire::HEADER_LEN as u64, back]
 }
 
 /// Checks both ends after a migration, and returns the source's status.
@@ -108,7 +110,14 @@ fn the_line_breaks_after_any_number_of_bytes() {
 /// Migrates in one thread over a line that breaks there; also frames, forth and back.
 fn over_a_breaking_line(
     breaks: Option<Break>,
-) -> (ToySource, ToyDestination, Report, Outcomes, [u64; 2]) {
+) -> (
+    ToySource,
+    ToyDestination,
+    Report,
+    Received,
+    Outcomes,
+    [u64; 2],
+) {
     let (source, mut place) = (small(), ToyDestination::default());
     let there = place.clone();
     let (mut options, mut receiver) = (options(), receiver_options());
@@ -131,7 +140,7 @@ fn over_a_breaking_line(
     let received = wire.end();
     let running = there.place().running;
     assert_eq!(received.status == Status::Completed, running);
-    (source, there, report, outcomes, frames)
+    (source, there, report, received, outcomes, frames)
 }
 
 /// Asks over a wire of its own.
@@ -153,7 +162,8 @@ fn ask_over_memory(outcomes: &Outcomes, id: MigrationId) -> Outcome {
 
 #[test]
 fn the_line_breaks_before_in_and_after_each_frame_loudly_and_silently() {
-    let (source, place, report, outcomes, frames) = over_a_breaking_line(None);
+    let (source, place, report, received, outcomes, frames) = over_a_breaking_line(None);
+    assert!(!received.may_be_asked);
     assert_eq!(
         check(&source, &place, &report, &outcomes),
         Status::Completed
@@ -169,17 +179,24 @@ fn the_line_breaks_before_in_and_after_each_frame_loudly_and_silently() {
                     cut,
                     silent,
                 };
-                let (source, place, report, outcomes, _) = over_a_breaking_line(Some(breaks));
+                let (source, place, report, received, outcomes, _) =
+                    over_a_breaking_line(Some(breaks));
                 let status = check(&source, &place, &report, &outcomes);
-                // GO and its answer are the last frames. From GO on there is doubt, unless all came: with READY whole
-                // GO is lost, with RUNNING whole nothing is.
+                // GO, its answer, and that it was heard are the last frames. From GO on there is doubt, unless all came:
+                // with READY whole GO is lost, with RUNNING whole nothing is that matters to the source.
                 let from_the_end = frames - frame;
                 let expected = match (way, from_the_end, cut) {
-                    (Way::Back, 1, Cut::After) => Status::Completed,
-                    (_, 1, _) | (Way::Back, 2, Cut::After) => Status::InDoubt,
+                    (Way::Forth, 1, _) | (Way::Back, 1, Cut::After) => Status::Completed,
+                    (Way::Forth, 2, _) | (Way::Back, 1, _) | (Way::Back, 2, Cut::After) => {
+                        Status::InDoubt
+                    }
                     _ => Status::Failed,
                 };
                 assert_eq!(status, expected, "{breaks:?}");
+                if received.status == Status::Completed {
+                    let heard = (way, from_the_end, cut) == (Way::Forth, 1, Cut::After);
+                    assert_ne!(received.may_be_asked, heard, "{breaks:?}");
+                }
                 if status == Status::InDoubt {
                     let outcome = ask_over_memory(&outcomes, report.migration_id);
                     resolve(&mut source.clone(), outcome).unwrap();

@@ -29,6 +29,7 @@ fn hello() -> Message {
         id: MigrationId([7; 16]),
         name: "peer".into(),
         page_size: 4096,
+        channels: 1,
     })
 }
 
@@ -179,6 +180,7 @@ fn another_version_or_page_size() {
     ));
     let pages = Message::Hello(Hello {
         page_size: 65536,
+        channels: 1,
         ..good
     });
     assert!(matches!(

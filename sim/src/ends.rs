@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gleaner::gate::StoppedVcpus;
 use gleaner::migrate::{
-    Destination, Error, Harvested, LeaseId, MappedMemory, Memory, PageLease, Result, Source,
+    Destination, Error, Harvested, LeaseId, MappedMemory, NewMemory, PageLease, Result, Source,
 };
 use gleaner::model::{Call, Failure, ModelKvm};
 use gleaner::{BlockId, BlockInfo, Extent, Hooks, Layout, LocalSource};
@@ -246,13 +246,13 @@ impl<'a> Place<'a> {
 }
 
 impl Destination for Place<'_> {
-    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory> {
+    fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory> {
         let arrived = self.call()?;
         let memory = Arc::new(MappedMemory::anonymous(block.pages)?);
         arrived
             .blocks
             .insert(block.id, (block.clone(), Arc::clone(&memory)));
-        Ok(memory)
+        Ok(NewMemory::zero(memory))
     }
 
     fn remove_block(&mut self, block: &BlockInfo) -> Result<()> {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use gleaner_migrate::{
     Address, CancelToken, Listener, MigrationId, Receiver, ReceiverOptions, Report, Sender, Status,
-    connect,
 };
 use serde_json::json;
 use vm_memory::{Bytes, VolatileMemory};
@@ -158,12 +157,11 @@ impl Demo {
             Attach::Ready(source) => source,
             Attach::InDoubt(..) => return Err(output.failure()("a fresh service is in doubt")),
         };
-        let stream = connect(to).map_err(output.failure())?;
         let mut options = self.migration.sender(id, cancel);
         let (tracker, before, wanted) =
             (tracker.clone(), tracker.transactions(), self.transactions);
         options.hold = Some(Box::new(move || tracker.transactions() - before >= wanted));
-        Ok(Sender::new(&mut source, options).run(stream))
+        Ok(Sender::new(&mut source, options).run_to(to))
     }
 
     fn tell(

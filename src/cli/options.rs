@@ -107,7 +107,10 @@ pub struct MigrationOptions {
     /// The most downtime that a switchover is begun with (300ms, 2s).
     #[arg(long, value_name = "D", default_value = "300ms", value_parser = units::duration)]
     pub downtime_limit: Duration,
-    /// The most bytes a second (K, M, G).
+    /// Connections that memory goes over, 1 to 64; one only to a file or a descriptor.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub channels: u16,
+    /// The most bytes a second, all connections together (K, M, G).
     #[arg(long, value_name = "RATE", value_parser = units::size)]
     pub bandwidth_limit: Option<u64>,
     /// The most time in total (30s).
@@ -132,6 +135,7 @@ impl MigrationOptions {
     pub fn sender(&self, id: MigrationId, cancel: CancelToken) -> SenderOptions {
         SenderOptions {
             name: format!("gleaner {}", env!("CARGO_PKG_VERSION")),
+            channels: self.channels,
             downtime_limit: self.downtime_limit,
             timeout: self.timeout,
             on_timeout: match self.on_timeout {

@@ -5,9 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use gleaner_migrate::{
-    Address, CancelToken, MigrationId, Report, Sender, Status, connect, query, resolve,
-};
+use gleaner_migrate::{Address, CancelToken, MigrationId, Report, Sender, Status, query, resolve};
 
 use super::Failure;
 use super::options::{MigrationOptions, cancel_on_signal};
@@ -54,13 +52,8 @@ impl Send {
                 return Ok(exit_code(&report));
             }
         };
-        let report = match connect(&self.to) {
-            Ok(stream) => {
-                let options = self.migration.sender(id, cancel);
-                Sender::new(&mut source, options).run(stream)
-            }
-            Err(error) => failed(id, &error),
-        };
+        let options = self.migration.sender(id, cancel);
+        let report = Sender::new(&mut source, options).run_to(&self.to);
         output.result(&report, || summary(&report));
         Ok(exit_code(&report))
     }

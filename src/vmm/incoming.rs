@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Layout, PAGE_SIZE};
-use gleaner_migrate::{Destination, Error as MigrateError, Memory, Result};
+use gleaner_migrate::{Destination, Error as MigrateError, NewMemory, Result};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use vm_memory::GuestAddress;
@@ -175,7 +175,7 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 }
 
 impl Destination for IncomingMachine {
-    fn add_block(&mut self, info: &BlockInfo) -> Result<Memory> {
+    fn add_block(&mut self, info: &BlockInfo) -> Result<NewMemory> {
         // The lengths are a peer's, and bookkeeping is allocated by them.
         let pages: u64 = self.blocks.values().map(|b| b.info().pages).sum();
         if pages.saturating_add(info.pages) > MAX_PAGES {
@@ -187,7 +187,7 @@ impl Destination for IncomingMachine {
         }
         let block = self.allocate(info).map_err(MigrateError::destination)?;
         self.blocks.insert(info.id, block.clone());
-        Ok(Arc::new(block))
+        Ok(NewMemory::zero(Arc::new(block)))
     }
 
     fn remove_block(&mut self, info: &BlockInfo) -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Layout, PageRange};
 use gleaner_migrate::wire::Message;
-use gleaner_migrate::{Destination, Error, MappedMemory, Memory, PageMemory, Result};
+use gleaner_migrate::{Destination, Error, MappedMemory, NewMemory, PageMemory, Result};
 
 use super::Frame;
 
@@ -92,7 +92,7 @@ fn pages(extents: &[gleaner_bitmap::Extent]) -> impl Iterator<Item = (BlockId, u
 }
 
 impl Destination for Place {
-    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory> {
+    fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory> {
         self.call("add_block")?;
         block.check_name()?;
         let mut there = self.blocks.values();
@@ -107,7 +107,7 @@ impl Destination for Place {
         let memory = Arc::new(MappedMemory::anonymous(block.pages)?);
         let entry = (block.clone(), Arc::clone(&memory));
         self.blocks.insert(block.id, entry);
-        Ok(memory)
+        Ok(NewMemory::zero(memory))
     }
 
     fn remove_block(&mut self, block: &BlockInfo) -> Result<()> {

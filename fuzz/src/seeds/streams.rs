@@ -38,6 +38,7 @@ fn hello() -> (Message, u64) {
         id: MigrationId([7; 16]),
         name: "source".into(),
         page_size: PAGE_SIZE,
+        channels: 1,
     };
     (Message::Hello(hello), 0)
 }

@@ -47,6 +47,8 @@ macro_rules! kinds {
 const REASON: u32 = 4096 + 8;
 /// The greatest number of extents at their greatest length.
 const EXTENTS: u32 = 4096 * 27 + 32;
+/// The greatest number of blocks at the greatest length of an id.
+const BLOCKS: u32 = 8192 * 9 + 32;
 
 kinds! {
     /// Opens a migration.
@@ -67,6 +69,10 @@ kinds! {
     Cancel = 8, REASON, 0;
     /// Asks what became of a migration.
     Query = 9, 32, 0;
+    /// Opens a further connection of a migration.
+    Join = 10, 32, 0;
+    /// The source knows that the guest runs at the destination.
+    Heard = 11, 0, 0;
     /// Answers Hello.
     Welcome = 65, 32, 0;
     /// All before a Sync is in memory.
@@ -79,6 +85,8 @@ kinds! {
     Refused = 69, REASON, 0;
     /// Answers Query.
     Outcome = 70, 32, 0;
+    /// Answers Layout.
+    Adopted = 71, BLOCKS, 0;
 }
 
 impl Kind {

@@ -1,6 +1,6 @@
 //! What frames say.
 
-use gleaner_bitmap::{BlockInfo, Extent, Generation, Layout, PAGE_SIZE, Slot};
+use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE, Slot};
 use serde::{Deserialize, Serialize};
 
 use super::codec;
@@ -13,6 +13,8 @@ pub const VERSION: u16 = 1;
 pub const MAX_EXTENTS: usize = 4096;
 /// Most blocks in a layout.
 pub const MAX_BLOCKS: usize = 8192;
+/// Most connections of a migration.
+pub const MAX_CHANNELS: u16 = 64;
 /// Most bytes of a reason; longer ones are cut.
 pub const MAX_REASON: usize = 4096;
 /// Most bytes of a source's name; longer ones are cut.
@@ -29,6 +31,27 @@ pub struct Hello {
     pub name: String,
     /// Bytes in a page.
     pub page_size: u64,
+    /// Connections, this one included: 1 to [`MAX_CHANNELS`].
+    pub channels: u16,
+}
+
+/// Opens a further connection of a migration.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Join {
+    /// The migration.
+    pub id: MigrationId,
+    /// Number of the connection: from 1 on, the first one is 0.
+    pub channel: u16,
+}
+
+/// A layout is in force at the destination.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Adopted {
+    /// The layout.
+    pub generation: Generation,
+    /// Blocks, of those that are new in it, whose memory holds nothing but zeros: pages of zeros need not be sent there
+    /// before anything else was.
+    pub zero: Vec<BlockId>,
 }
 
 /// A layout as it travels.
@@ -77,15 +100,19 @@ impl LayoutBody {
     }
 
     fn check_count(&self) -> Result<()> {
-        if self.blocks.len() > MAX_BLOCKS {
-            return Err(Error::TooLong {
-                what: "list of RAM blocks",
-                length: self.blocks.len() as u64,
-                cap: MAX_BLOCKS as u64,
-            });
-        }
-        Ok(())
+        check_blocks(self.blocks.len())
     }
+}
+
+fn check_blocks(count: usize) -> Result<()> {
+    if count > MAX_BLOCKS {
+        return Err(Error::TooLong {
+            what: "list of RAM blocks",
+            length: count as u64,
+            cap: MAX_BLOCKS as u64,
+        });
+    }
+    Ok(())
 }
 
 /// Pages that a frame speaks of.
@@ -119,12 +146,15 @@ pub enum Message {
     Go,
     Cancel(String),
     Query(MigrationId),
+    Join(Join),
+    Heard,
     Welcome(u16),
     Applied(u64),
     Ready,
     Running,
     Refused(String),
     Outcome(Outcome),
+    Adopted(Adopted),
 }
 
 impl Message {
@@ -141,12 +171,15 @@ impl Message {
             Self::Go => Kind::Go,
             Self::Cancel(_) => Kind::Cancel,
             Self::Query(_) => Kind::Query,
+            Self::Join(_) => Kind::Join,
+            Self::Heard => Kind::Heard,
             Self::Welcome(_) => Kind::Welcome,
             Self::Applied(_) => Kind::Applied,
             Self::Ready => Kind::Ready,
             Self::Running => Kind::Running,
             Self::Refused(_) => Kind::Refused,
             Self::Outcome(_) => Kind::Outcome,
+            Self::Adopted(_) => Kind::Adopted,
         }
     }
 
@@ -179,8 +212,13 @@ impl Message {
             Self::Query(id) => codec::encode(kind, id),
             Self::Welcome(version) => codec::encode(kind, version),
             Self::Applied(sequence) => codec::encode(kind, sequence),
+            Self::Join(join) => codec::encode(kind, join),
             Self::Outcome(outcome) => codec::encode(kind, outcome),
-            Self::Sync | Self::Go | Self::Ready | Self::Running => Ok(Vec::new()),
+            Self::Adopted(adopted) => {
+                check_blocks(adopted.zero.len())?;
+                codec::encode(kind, adopted)
+            }
+            Self::Sync | Self::Go | Self::Heard | Self::Ready | Self::Running => Ok(Vec::new()),
         }
     }
 
@@ -219,10 +257,17 @@ impl Message {
             Kind::Query => Self::Query(codec::decode(kind, bytes)?),
             Kind::Welcome => Self::Welcome(codec::decode(kind, bytes)?),
             Kind::Applied => Self::Applied(codec::decode(kind, bytes)?),
+            Kind::Join => Self::Join(codec::decode(kind, bytes)?),
             Kind::Outcome => Self::Outcome(codec::decode(kind, bytes)?),
+            Kind::Adopted => {
+                let adopted: Adopted = codec::decode(kind, bytes)?;
+                check_blocks(adopted.zero.len())?;
+                Self::Adopted(adopted)
+            }
             // The cap of these kinds leaves them no metadata.
             Kind::Sync => Self::Sync,
             Kind::Go => Self::Go,
+            Kind::Heard => Self::Heard,
             Kind::Ready => Self::Ready,
             Kind::Running => Self::Running,
         })
@@ -288,6 +333,15 @@ mod tests {
                 id: MigrationId([255; 16]),
                 name: "ä".repeat(MAX_NAME),
                 page_size: u64::MAX,
+                channels: u16::MAX,
+            }),
+            Message::Join(Join {
+                id: MigrationId([255; 16]),
+                channel: u16::MAX,
+            }),
+            Message::Adopted(Adopted {
+                generation: Generation(u64::MAX),
+                zero: vec![BlockId(u64::MAX); MAX_BLOCKS],
             }),
             Message::State(StateBody {
                 generation: Generation(u64::MAX),

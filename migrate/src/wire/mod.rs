@@ -14,7 +14,7 @@
 //!
 //! | kind | frame | metadata | payload |
 //! |---|---|---|---|
-//! | 1 | Hello | version, migration id, name of the source, page size | |
+//! | 1 | Hello | version, migration id, name of the source, page size, number of connections | |
 //! | 2 | Layout | generation, blocks, slots | |
 //! | 3 | Pages | generation, extents | their contents, in this order |
 //! | 4 | Zeros | generation, extents | |
@@ -23,15 +23,26 @@
 //! | 7 | Go | | |
 //! | 8 | Cancel | reason | |
 //! | 9 | Query | migration id | |
+//! | 10 | Join | migration id, number of the connection | |
+//! | 11 | Heard | | |
 //! | 65 | Welcome | version | |
 //! | 66 | Applied | sequence of the Sync it answers | |
 //! | 67 | Ready | | |
 //! | 68 | Running | | |
 //! | 69 | Refused | reason | |
 //! | 70 | Outcome | outcome | |
+//! | 71 | Adopted | generation, blocks that are known to be zero | |
 //!
 //! Metadata is bincode 2 in its standard configuration (variable-length integers, little-endian). Kinds from 64 on go
 //! from the destination to the source. A Query stands alone on a connection of its own.
+//!
+//! # Several connections
+//!
+//! The first connection opens with Hello, which says how many there will be; each further one with Join, once Hello has
+//! been answered. Pages, Zeros and Sync may go over any of them, everything else over the first alone. A Sync answers
+//! for its own connection. Nothing is under way on any connection while a Layout or a State is: every Sync of every
+//! connection is answered before, and pages of the new layout follow its Adopted. The generation in each frame of
+//! pages is that of the last Layout, so a frame that breaks this is refused.
 
 mod codec;
 mod header;
@@ -40,8 +51,8 @@ mod pipe;
 
 pub use header::{HEADER_LEN, Header, Kind, MAX_METADATA, MAX_PAYLOAD};
 pub use message::{
-    Extents, Hello, LayoutBody, MAX_BLOCKS, MAX_EXTENTS, MAX_NAME, MAX_REASON, Message, StateBody,
-    VERSION,
+    Adopted, Extents, Hello, Join, LayoutBody, MAX_BLOCKS, MAX_CHANNELS, MAX_EXTENTS, MAX_NAME,
+    MAX_REASON, Message, StateBody, VERSION,
 };
 pub(crate) use pipe::{Inlet, Outlet};
 pub use pipe::{Patience, Payload};

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -282,6 +282,8 @@ pub struct Place {
     pub aborted: bool,
     /// The call that fails.
     pub failing: Option<&'static str>,
+    /// Memory was used before: this byte is everywhere.
+    pub used: Option<u8>,
 }
 
 #[derive(Clone, Default)]
@@ -291,6 +293,12 @@ impl ToyDestination {
     pub fn failing(call: &'static str) -> Self {
         let place = Self::default();
         place.place().failing = Some(call);
+        place
+    }
+
+    pub fn used(byte: u8) -> Self {
+        let place = Self::default();
+        place.place().used = Some(byte);
         place
     }
 
@@ -308,7 +316,7 @@ impl ToyDestination {
 }
 
 impl Destination for ToyDestination {
-    fn add_block(&mut self, block: &BlockInfo) -> Result<Memory> {
+    fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory> {
         let mut place = self.call("add_block")?;
         let same = place
             .blocks
@@ -317,7 +325,14 @@ impl Destination for ToyDestination {
         assert!(!same, "two blocks of one name");
         let ram = Arc::new(MappedMemory::anonymous(block.pages)?);
         place.blocks.insert(block.id, (block.clone(), ram.clone()));
-        Ok(ram)
+        let Some(byte) = place.used else {
+            return Ok(NewMemory::zero(ram));
+        };
+        for page in 0..block.pages {
+            let page = ram.slice(PageRange::new(page, 1))?;
+            page.copy_from(&[byte; 4096]);
+        }
+        Ok(NewMemory::used(ram))
     }
 
     fn remove_block(&mut self, block: &BlockInfo) -> Result<()> {
@@ -377,6 +392,28 @@ pub fn migrate(
     let (mut source, mut place) = (source.clone(), place.clone());
     let there = thread::spawn(move || Receiver::new(&mut place, receiver).run(far));
     let report = Sender::new(&mut source, options).run(near);
+    (report, there.join().unwrap())
+}
+
+/// Migrates to whoever listens at an address of this kind, over the number of connections that the options say.
+pub fn migrate_to(
+    address: &Address,
+    source: &ToySource,
+    place: &ToyDestination,
+    options: SenderOptions,
+) -> (Report, Received) {
+    let listener = Listener::bind(address).unwrap();
+    let address = match listener.local_addr() {
+        Some(tcp) => format!("tcp:{tcp}").parse().unwrap(),
+        None => address.clone(),
+    };
+    let (mut source, mut place) = (source.clone(), place.clone());
+    let there = thread::spawn(move || {
+        Receiver::new(&mut place, receiver_options())
+            .listen(&listener)
+            .unwrap()
+    });
+    let report = Sender::new(&mut source, options).run_to(&address);
     (report, there.join().unwrap())
 }
 
@@ -497,6 +534,16 @@ pub fn tcp_line(faults: [Fault; 2]) -> Line {
 }
 
 pub type Line = (Stream, Stream, [thread::JoinHandle<u64>; 2]);
+
+/// Carries the bytes between two streams, both ways.
+pub fn carry(near: Stream, far: Stream, faults: [Fault; 2]) {
+    let file = |stream: &Stream| File::from(stream.as_fd().try_clone_to_owned().unwrap());
+    let [a, b] = [(&near, &far, faults[0]), (&far, &near, faults[1])]
+        .map(|(from, to, fault)| (file(from), file(to), fault));
+    for (from, to, fault) in [a, b] {
+        thread::spawn(move || fault.carry(from, to));
+    }
+}
 
 /// What lies between the first half of `here` and the second of `there`.
 fn between<S: Into<Stream> + Into<OwnedFd>>(

@@ -1,0 +1,108 @@
+//! Pages gathered for the next frames of a connection.
+
+use gleaner_bitmap::{Extent, Generation, PAGE_SIZE};
+use vm_memory::VolatileSlice;
+
+use crate::link::Link;
+use crate::there::There;
+use crate::wire::{Extents, MAX_EXTENTS, Message, Payload};
+use crate::{Channel, Result};
+
+/// What a connection has sent.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Tally {
+    /// Pages with their contents.
+    pub(crate) pages: u64,
+    /// Pages of zeros, those that the destination needn't be told of included.
+    pub(crate) zeros: u64,
+}
+
+/// Nothing is copied: pieces point into guest memory.
+pub(crate) struct Batch<'m> {
+    generation: Generation,
+    there: &'m There,
+    /// Most pages in a frame.
+    most: u64,
+    extents: Vec<Extent>,
+    pieces: Vec<VolatileSlice<'m>>,
+    count: u64,
+    zeros: Vec<Extent>,
+    pub(crate) tally: Tally,
+}
+
+impl<'m> Batch<'m> {
+    pub(crate) fn new(generation: Generation, there: &'m There, frame_bytes: u64) -> Self {
+        Self {
+            generation,
+            there,
+            most: (frame_bytes / PAGE_SIZE).max(1),
+            extents: Vec::new(),
+            pieces: Vec::new(),
+            count: 0,
+            zeros: Vec::new(),
+            tally: Tally::default(),
+        }
+    }
+
+    /// Pages that the next frame still takes, at least one.
+    pub(crate) fn room<C: Channel + ?Sized>(&mut self, link: &mut Link<C>) -> Result<u64> {
+        if self.count >= self.most || self.extents.len() >= MAX_EXTENTS {
+            self.flush_pages(link)?;
+        }
+        Ok(self.most - self.count)
+    }
+
+    pub(crate) fn pages(&mut self, extent: Extent, piece: VolatileSlice<'m>) {
+        self.count += extent.range.pages;
+        self.extents.push(extent);
+        self.pieces.push(piece);
+    }
+
+    pub(crate) fn zeros<C: Channel + ?Sized>(
+        &mut self,
+        link: &mut Link<C>,
+        extent: Extent,
+    ) -> Result<()> {
+        self.tally.zeros += extent.range.pages;
+        for told in self.there.zeros(extent) {
+            self.zeros.push(told);
+            if self.zeros.len() >= MAX_EXTENTS {
+                self.flush_zeros(link)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn flush<C: Channel + ?Sized>(&mut self, link: &mut Link<C>) -> Result<()> {
+        self.flush_pages(link)?;
+        self.flush_zeros(link)
+    }
+
+    fn flush_pages<C: Channel + ?Sized>(&mut self, link: &mut Link<C>) -> Result<()> {
+        if self.extents.is_empty() {
+            return Ok(());
+        }
+        self.there.contents(&self.extents);
+        let message = Message::Pages(Extents {
+            generation: self.generation,
+            extents: std::mem::take(&mut self.extents),
+        });
+        link.send(&message, &Payload::Pages(&self.pieces))?;
+        self.tally.pages += self.count;
+        self.pieces.clear();
+        self.count = 0;
+        Ok(())
+    }
+
+    fn flush_zeros<C: Channel + ?Sized>(&mut self, link: &mut Link<C>) -> Result<()> {
+        if self.zeros.is_empty() {
+            return Ok(());
+        }
+        let message = Message::Zeros(Extents {
+            generation: self.generation,
+            extents: std::mem::take(&mut self.zeros),
+        });
+        link.send(&message, &Payload::None)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,134 @@
+//! One connection, as it carries pages.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use gleaner_bitmap::{Extent, Generation, PageRange};
+
+use crate::batch::{Batch, Tally};
+use crate::job::Job;
+use crate::link::Link;
+use crate::scan::{self, bytes};
+use crate::sender::unexpected;
+use crate::there::There;
+use crate::wire::{Message, Payload};
+use crate::{Channel, Error, LeaseId, Result};
+
+/// Jobs that may be under way on a connection: enough to keep a fast link busy while answers travel.
+pub(crate) const MAX_IN_FLIGHT: usize = 4;
+
+/// A job whose pages are written, and not known to be applied.
+struct InFlight {
+    lease: LeaseId,
+    /// The Sync after it.
+    sync: u64,
+    since: Instant,
+}
+
+/// A connection that carries pages.
+///
+/// Invariant: a job is in `in_flight` from its last page to the answer that it has been applied; nothing else makes it
+/// done.
+pub(crate) struct Lane<C: Channel + ?Sized> {
+    in_flight: VecDeque<InFlight>,
+    pub(crate) tally: Tally,
+    /// Seconds from the last question to its answer.
+    pub(crate) round_trip: f64,
+    pub(crate) link: Link<C>,
+}
+
+impl<C: Channel> Lane<C> {
+    pub(crate) const fn new(link: Link<C>) -> Self {
+        Self {
+            in_flight: VecDeque::new(),
+            tally: Tally { pages: 0, zeros: 0 },
+            round_trip: 0.0,
+            link,
+        }
+    }
+}
+
+impl<C: Channel + ?Sized> Lane<C> {
+    /// Jobs that are not known to be applied.
+    pub(crate) fn under_way(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Sends the pages of a job, under the layout of `generation`.
+    pub(crate) fn send(&mut self, job: &Job, generation: Generation, there: &There) -> Result<()> {
+        let mut batch = Batch::new(generation, there, self.link.limits.frame_bytes());
+        let sent = self.send_parts(job, &mut batch);
+        self.tally.pages += batch.tally.pages;
+        self.tally.zeros += batch.tally.zeros;
+        sent?;
+        let sync = self.link.send(&Message::Sync, &Payload::None)?;
+        self.in_flight.push_back(InFlight {
+            lease: job.lease,
+            sync,
+            since: self.link.limits.clock.now(),
+        });
+        Ok(())
+    }
+
+    fn send_parts<'m>(&mut self, job: &'m Job, batch: &mut Batch<'m>) -> Result<()> {
+        for part in &job.parts {
+            let block = part.extent().block;
+            let memory = part.slice()?;
+            let whole = part.extent().range;
+            scan::runs(part, &memory, |mut run, zero| {
+                if zero {
+                    return batch.zeros(&mut self.link, Extent { block, range: run });
+                }
+                while run.pages > 0 {
+                    let take = run.pages.min(batch.room(&mut self.link)?);
+                    let range = PageRange::new(run.first, take);
+                    let offset = bytes(range.first - whole.first)?;
+                    let piece =
+                        memory
+                            .subslice(offset, bytes(take)?)
+                            .map_err(|e| Error::Memory {
+                                what: "of a lease can't be reached",
+                                detail: e.to_string(),
+                            })?;
+                    batch.pages(Extent { block, range }, piece);
+                    run = PageRange::new(run.first + take, run.pages - take);
+                }
+                Ok(())
+            })?;
+        }
+        batch.flush(&mut self.link)
+    }
+
+    /// Waits until the earliest job under way has been applied; its lease. `None` when nothing is under way.
+    pub(crate) fn applied(&mut self) -> Result<Option<LeaseId>> {
+        let Some(InFlight { lease, sync, since }) = self.in_flight.pop_front() else {
+            return Ok(None);
+        };
+        self.await_applied(sync)?;
+        self.round_trip = self.link.limits.clock.since(since).as_secs_f64();
+        Ok(Some(lease))
+    }
+
+    /// Asks the destination to say that all before this has been applied, and waits for that.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        let sync = self.link.send(&Message::Sync, &Payload::None)?;
+        let asked = self.link.limits.clock.now();
+        self.await_applied(sync)?;
+        self.round_trip = self.link.limits.clock.since(asked).as_secs_f64();
+        Ok(())
+    }
+
+    fn await_applied(&mut self, sync: u64) -> Result<()> {
+        if !self.link.is_answered() {
+            return Ok(());
+        }
+        match self.link.answer("awaiting that pages are applied")? {
+            Message::Applied(found) if found == sync => Ok(()),
+            Message::Applied(found) => Err(Error::Sequence {
+                expected: sync,
+                found,
+            }),
+            other => Err(unexpected(&other, "pages were to be applied")),
+        }
+    }
+}
