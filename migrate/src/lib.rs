@@ -72,6 +72,7 @@ mod switchover;
 mod there;
 pub mod wire;
 mod written;
+mod zero;
 
 pub use address::Address;
 pub use channel::Channel;

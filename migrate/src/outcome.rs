@@ -148,7 +148,6 @@ pub fn query(address: &Address, id: MigrationId, timeout: Duration) -> Result<Ou
 /// Between two questions.
 const AGAIN: Duration = Duration::from_millis(100);
 
-
 fn file(address: &impl fmt::Display) -> Error {
     Error::Address {
         text: address.to_string(),

@@ -4,10 +4,8 @@ use gleaner_bitmap::{PAGE_SIZE, PageRange};
 use vm_memory::VolatileSlice;
 
 use crate::memory::PAGE;
+use crate::zero::is_zero;
 use crate::{Error, LeasedPart, Result};
-
-/// Bytes looked at first: most pages that are not zero show it there, and cost no more than this.
-const PROBE: usize = 128;
 
 /// Cuts the pages of `part`, whose contents are `memory`, into runs of pages that are zero (`true`) and that are not.
 /// Holes of the memory are zero without being read.
@@ -34,7 +32,6 @@ pub(crate) fn runs(
         }
         Ok(())
     };
-    let mut copy = [0u8; PAGE];
     let mut at = all.first;
     while at < all.end() {
         let rest = PageRange::new(at, all.end() - at);
@@ -44,7 +41,10 @@ pub(crate) fn runs(
         }
         let mut offset = bytes(data.first - all.first)?;
         for page in data.first..data.end() {
-            add(is_zero(memory, offset, &mut copy), page, 1)?;
+            let zero = memory
+                .subslice(offset, PAGE)
+                .is_ok_and(|page| is_zero(&page));
+            add(zero, page, 1)?;
             offset += PAGE;
         }
         at = data.end();
@@ -62,22 +62,6 @@ pub(crate) fn bytes(pages: u64) -> Result<usize> {
             length: pages,
             cap: u64::MAX / PAGE_SIZE,
         })
-}
-
-/// Looks at a private copy: guest memory can't be borrowed.
-fn is_zero(memory: &VolatileSlice<'_>, offset: usize, copy: &mut [u8; PAGE]) -> bool {
-    for (from, to) in [(0, PROBE), (PROBE, copy.len())] {
-        let copy = &mut copy[from..to];
-        let Ok(part) = memory.subslice(offset + from, copy.len()) else {
-            return false;
-        };
-        part.copy_to(copy);
-        // Without an early exit the loop is vectorised.
-        if copy.iter().fold(0, |all, byte| all | byte) != 0 {
-            return false;
-        }
-    }
-    true
 }
 
 #[cfg(test)]
@@ -109,7 +93,7 @@ mod tests {
     #[test]
     fn runs_cover_all_pages_and_tell_zeros() {
         let memory = MappedMemory::anonymous(110).unwrap();
-        fill(&memory, &[(100, 0), (101, 2000), (104, 4095), (109, PROBE)]);
+        fill(&memory, &[(100, 0), (101, 2000), (104, 4095), (109, 128)]);
         let expected = [
             (100, 2, false),
             (102, 2, true),
