@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{BlockId, Layout, Start};
 use gleaner_migrate::{
-    Error as MigrateError, Harvested, LeaseId, LeasedPart, PageLease, Result, Source,
+    Error as MigrateError, Harvested, LeaseId, LeasedPart, Memory, PageLease, Result, Source,
 };
 
 use crate::gate::StoppedVcpus;
@@ -181,6 +181,16 @@ impl Source for LocalSource {
         self.hooks
             .save(stopped.vcpus())
             .map_err(|reason| MigrateError::source(Error::DeviceState { reason }))
+    }
+
+    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+        let Guest::Stopped(_) = &self.guest else {
+            return Err(MigrateError::source(Error::NotStopped));
+        };
+        match self.block(block) {
+            Some(block) => Ok(Arc::new(block)),
+            None => Err(gleaner_bitmap::Error::UnknownBlock { block }.into()),
+        }
     }
 
     fn relinquish(&mut self) -> Result<()> {

@@ -66,6 +66,8 @@ pub enum Mutant {
     PublishedLate,
     /// The source resumes when it can't tell whether the destination runs.
     DoubtTakenForFailure,
+    /// The first page of each lease is taken for sent.
+    PageNotSent,
 }
 
 #[cfg(feature = "mutants")]

@@ -41,13 +41,18 @@ fn spoilt_streams_are_refused_for_what_is_wrong_with_them() {
         refused("unknown-block"),
         Error::UnknownBlock { .. }
     ));
-    for name in ["outside-its-block", "wraps"] {
+    for name in ["outside-its-block", "wraps", "digests-outside"] {
         assert!(
             matches!(refused(name), Error::OutsideBlock { .. }),
             "{name}"
         );
     }
     assert!(matches!(refused("stale"), Error::Stale { .. }));
+    assert!(matches!(refused("differs"), Error::Differs { page: 4, .. }));
+    assert!(matches!(
+        refused("digests-of-another-length"),
+        Error::PayloadLength { .. }
+    ));
     assert!(matches!(refused("block-grows"), Error::BlockChanged { .. }));
     for name in ["overlapping-slots", "unsafe-name"] {
         assert!(matches!(refused(name), Error::Layout { .. }), "{name}");

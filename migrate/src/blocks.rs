@@ -9,7 +9,7 @@ use vm_memory::VolatileSlice;
 use crate::memory::PAGE;
 use crate::wire::{Adopted, Extents, LayoutBody};
 use crate::written::Written;
-use crate::{Destination, Error, Memory, NewMemory, Result};
+use crate::{Destination, Error, Memory, NewMemory, Result, digest};
 
 struct Block {
     info: BlockInfo,
@@ -192,6 +192,25 @@ impl Blocks {
             pieces.push(block.memory.slice(extent.range)?);
         }
         fill(&pieces)
+    }
+
+    /// Compares pages that [`Blocks::check`] has passed with the digests of the source's.
+    pub(crate) fn compare(&self, extents: &Extents, theirs: &[u8]) -> Result<()> {
+        let mut theirs = theirs.as_chunks().0.iter();
+        for extent in &extents.extents {
+            let block = self.block(extent)?;
+            digest::each(&*block.memory, extent.range, |page, digest| {
+                if theirs.next() == Some(&digest) {
+                    return Ok(());
+                }
+                Err(Error::Differs {
+                    block: block.info.id,
+                    name: block.info.name.clone(),
+                    page,
+                })
+            })?;
+        }
+        Ok(())
     }
 
     /// Writes zeros to pages that [`Blocks::check`] has passed, where there may be anything else: writing zeros to memory

@@ -213,6 +213,27 @@ pub enum Error {
         /// Why it failed.
         detail: String,
     },
+    /// A page is not at the destination what it is at the source.
+    #[error(
+        "page {page} of block {name} ({block}) differs between source and destination: the guest must not run there"
+    )]
+    Differs {
+        /// The block.
+        block: BlockId,
+        /// Its name.
+        name: String,
+        /// The page, from the start of the block.
+        page: u64,
+    },
+    /// Memory can't be compared where nobody is to compare it.
+    #[error("memory can't be verified in a file: nobody is there to compare it")]
+    Unverifiable,
+    /// A source that can't do what a migration was asked to do.
+    #[error("this source can't {what}")]
+    Unable {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// The source failed.
     #[error("source: {cause}")]
     Source {

@@ -9,8 +9,6 @@ use vm_memory::FileOffset;
 
 /// `TMPFS_MAGIC`: memfds, and files in /dev/shm.
 const TMPFS: u64 = 0x0102_1994;
-/// Fewer pages are sooner read than asked for.
-const WORTH_ASKING: u64 = 8;
 
 /// The holes of a file that is mapped shared. Only files in memory are taken: there a page is a hole exactly if nobody ever
 /// touched it, while a file system on a disk may learn late of what was written through a mapping.
@@ -38,9 +36,6 @@ impl Holes {
     /// See [`PageMemory::data`](crate::PageMemory::data).
     #[must_use]
     pub fn data(&self, range: PageRange) -> Option<PageRange> {
-        if range.pages < WORTH_ASKING {
-            return Some(range);
-        }
         let byte = |page: u64| self.file.start() + page * PAGE_SIZE;
         let page = |byte: u64| (byte - self.file.start()) / PAGE_SIZE;
         let (start, end) = (byte(range.first), byte(range.end()));

@@ -2,6 +2,7 @@
 
 use crate::{LeaseId, LeasedPart, PageLease};
 use gleaner_bitmap::PageRange;
+use gleaner_bitmap::mutant::{self, Mutant};
 
 /// Pages of a lease that one connection sends.
 pub(crate) struct Job {
@@ -14,8 +15,11 @@ pub(crate) fn split(lease: LeaseId, parts: Vec<LeasedPart>, pages: u64) -> Vec<J
     let pages = pages.max(1);
     let mut jobs = Vec::new();
     let (mut taken, mut room) = (Vec::new(), pages);
-    for part in parts {
+    for (number, part) in parts.into_iter().enumerate() {
         let mut rest = part.extent().range;
+        if number == 0 && mutant::is_planted(Mutant::PageNotSent) {
+            rest = PageRange::new(rest.first + 1, rest.pages - 1);
+        }
         while rest.pages > 0 {
             let take = rest.pages.min(room);
             taken.push(part.share(PageRange::new(rest.first, take)));

@@ -8,7 +8,7 @@ use gleaner_bitmap::{Generation, PAGE_SIZE};
 use crate::blocks::Blocks;
 use crate::reception::answer;
 use crate::wire::{Adopted, Header, LayoutBody, Message};
-use crate::{Destination, Error, Peer, Result};
+use crate::{Destination, Error, Peer, Result, digest};
 
 /// The blocks of a migration, while their pages come.
 ///
@@ -61,6 +61,11 @@ impl Landing {
                 let pages = blocks.check(extents)?;
                 blocks.zero(extents)?;
                 self.zeros.fetch_add(pages, Ordering::Relaxed);
+            }
+            Message::Digests(extents) => {
+                let pages = blocks.check(extents)?;
+                check_payload(header, pages.saturating_mul(digest::BYTES))?;
+                blocks.compare(extents, &peer.bytes(header.payload)?)?;
             }
             Message::Sync => {
                 drop(guard);

@@ -118,7 +118,7 @@ impl<C: Channel + ?Sized> Lane<C> {
         Ok(())
     }
 
-    fn await_applied(&mut self, sync: u64) -> Result<()> {
+    pub(crate) fn await_applied(&mut self, sync: u64) -> Result<()> {
         if !self.link.is_answered() {
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! The destination's end of a migration, without I/O: frames go in, answers come out.
 //!
 //! ```text
-//!            Hello           Layout, Pages, Zeros, Sync (a row of them)
+//!            Hello           Layout, Pages, Zeros, Digests, Sync (a row of them)
 //! Greeting --------> Receiving --+
 //!    |                 |    ^    |
 //!    | Query           |    +----+
@@ -80,7 +80,13 @@ impl Phase {
             Self::Greeting => matches!(kind, Kind::Hello | Kind::Query),
             Self::Receiving => matches!(
                 kind,
-                Kind::Layout | Kind::Pages | Kind::Zeros | Kind::Sync | Kind::State | Kind::Cancel
+                Kind::Layout
+                    | Kind::Pages
+                    | Kind::Zeros
+                    | Kind::Digests
+                    | Kind::Sync
+                    | Kind::State
+                    | Kind::Cancel
             ),
             Self::Built => matches!(kind, Kind::Go | Kind::Cancel),
             Self::Running => matches!(kind, Kind::Heard),
@@ -184,7 +190,7 @@ impl<'a> Reception<'a> {
                 self.report.layouts += 1;
                 answer(peer, &Message::Adopted(adopted))?;
             }
-            Message::Pages(_) | Message::Zeros(_) | Message::Sync => {
+            Message::Pages(_) | Message::Zeros(_) | Message::Digests(_) | Message::Sync => {
                 self.landing.frame(header, &message, peer)?;
             }
             Message::State(described) => self.build(header, described, peer)?,

@@ -71,6 +71,10 @@ pub struct Report {
     pub total_ms: f64,
     /// Time in which the guest ran nowhere, in milliseconds; 0 when it was never stopped.
     pub downtime_ms: f64,
+    /// Pages that the destination has compared with the source's; 0 unless that was asked for.
+    pub verified_pages: u64,
+    /// Time that comparing took, in milliseconds; it is part of the downtime.
+    pub verify_ms: f64,
     /// Slot transactions while it lasted.
     pub transactions: u64,
     /// Bytes of page contents a second in the first round, 0 when there was none.
@@ -94,6 +98,8 @@ impl Report {
             bytes_on_wire: 0,
             total_ms: 0.0,
             downtime_ms: 0.0,
+            verified_pages: 0,
+            verify_ms: 0.0,
             transactions: 0,
             first_round_bytes_per_second: 0.0,
             progress: Vec::new(),

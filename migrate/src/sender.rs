@@ -56,6 +56,9 @@ pub struct SenderOptions {
     pub on_timeout: OnTimeout,
     /// Connections that pages go over, 1 to [`MAX_CHANNELS`]. 1.
     pub channels: u16,
+    /// All pages are compared before the guest may run at the destination: a difference fails the migration. The time
+    /// that it takes comes on top of the downtime that is forecast. No.
+    pub verify: bool,
     /// The most bytes a second, all connections together. No limit.
     pub bandwidth_limit: Option<u64>,
     /// How long the destination may be silent when it is its turn. 30 s.
@@ -81,6 +84,7 @@ impl SenderOptions {
             timeout: None,
             on_timeout: OnTimeout::default(),
             channels: 1,
+            verify: false,
             bandwidth_limit: None,
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
@@ -121,6 +125,10 @@ impl<'a> Sender<'a> {
                 most,
             });
         }
+        // Before connecting, which empties a file.
+        if self.options.verify && matches!(address, Address::File(_)) {
+            return self.failed(Error::Unverifiable);
+        }
         match connect(address) {
             Ok(stream) if channels == 1 => self.run(stream),
             Ok(stream) => self.run_on_many(stream, address),
@@ -144,6 +152,9 @@ impl<'a> Sender<'a> {
             let asked = self.options.channels;
             let to = "a stream that is open already".to_owned();
             return self.failed(Error::Channels { asked, to, most: 1 });
+        }
+        if self.options.verify && !channel.is_answered() {
+            return self.failed(Error::Unverifiable);
         }
         let limits = self.limits();
         let lanes = Lanes::One(Lane::new(Link::new(channel, limits)));
@@ -215,6 +226,7 @@ pub(crate) struct Session<'a> {
     pub(crate) clock: Clock,
     pub(crate) start: Instant,
     name: String,
+    pub(crate) verify: bool,
     pub(crate) goal: Goal,
     pub(crate) hold: Option<Hold>,
     pub(crate) on_progress: Option<OnProgress>,
@@ -233,6 +245,7 @@ impl<'a> Session<'a> {
             start: options.clock.now(),
             clock: options.clock,
             name: options.name,
+            verify: options.verify,
             goal: Goal {
                 downtime_limit: options.downtime_limit,
                 timeout: options.timeout,

@@ -1,6 +1,6 @@
 //! What a sender migrates from.
 
-use gleaner_bitmap::{Extent, Generation, Layout, PageRange};
+use gleaner_bitmap::{BlockId, Extent, Generation, Layout, PageRange};
 use vm_memory::VolatileSlice;
 
 use crate::{Error, Memory, Result};
@@ -8,9 +8,9 @@ use crate::{Error, Memory, Result};
 /// The running guest, as the sender sees it. The sender calls the methods from one thread, in this order:
 ///
 /// ```text
-/// layout, harvest, lease/ack ...  stop  state  harvest  lease/ack ...  relinquish  complete
-///        (any error) release ...  resume               |                   | refused
-///        (any error) release ...  resume <-------------+---- resume <------+
+/// layout, harvest, lease/ack ...  stop  state  harvest  lease/ack ...  memory ...  relinquish  complete
+///        (any error) release ...  resume               |                               | refused
+///        (any error) release ...  resume <-------------+-------------- resume <--------+
 /// ```
 ///
 /// Errors are made with [`Error::source`]. After an error of any method before [`Source::relinquish`] the sender
@@ -60,6 +60,19 @@ pub trait Source: Send {
     /// # Errors
     /// Why it failed; the guest stays stopped.
     fn state(&mut self) -> Result<Vec<u8>>;
+
+    /// All memory of a block of the layout, which nobody writes now. Called after [`Source::stop`] alone, and used before
+    /// [`Source::relinquish`] or [`Source::resume`].
+    ///
+    /// # Errors
+    /// [`Error::Unable`] of a source that shows leased pages only, which is what this does unless it is overridden; why
+    /// it failed, because the guest is not stopped for one. The guest stays as it is.
+    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+        let _ = block;
+        Err(Error::Unable {
+            what: "show memory that is not on lease",
+        })
+    }
 
     /// From here on the source runs again only on a proven refusal. Must be durable before it returns: the destination
     /// is told to run next.
@@ -151,8 +164,13 @@ impl LeasedPart {
     }
 
     /// The first of these pages that may hold anything but zeros; see [`PageMemory::data`](crate::PageMemory::data).
+    /// Of a few pages all may: they are sooner read than asked for.
     #[must_use]
     pub fn data(&self, range: PageRange) -> Option<PageRange> {
+        const WORTH_ASKING: u64 = 8;
+        if range.pages < WORTH_ASKING {
+            return Some(range);
+        }
         self.memory.data(range)
     }
 

@@ -201,6 +201,11 @@ impl<'a> Supply<'a> {
         }
     }
 
+    /// The layout that the destination has.
+    pub(crate) fn sent(&self) -> Option<Arc<Layout>> {
+        self.sent.clone()
+    }
+
     /// The generation of the layout that the destination has.
     pub(crate) fn sent_generation(&self) -> Generation {
         let sent = self.sent.as_deref();

@@ -27,6 +27,9 @@ impl Session<'_> {
         if leased < dirty {
             return Err(Error::HeldBack { leased, dirty });
         }
+        if self.verify {
+            self.compare_all()?;
+        }
         if mutant::is_planted(Mutant::StateSavedLast) {
             state = self.supply.source.state()?;
         }

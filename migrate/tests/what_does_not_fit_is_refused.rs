@@ -125,6 +125,33 @@ fn frames_that_make_no_sense() {
         ..extents(&[(3, 0, 1)])
     });
     assert!(matches!(after(late, page), Error::Stale { .. }));
+    let digests = |list: &[_]| Message::Digests(extents(list));
+    assert!(matches!(
+        after(digests(&[(4, 0, 1)]), &page[..8]),
+        Error::UnknownBlock { .. }
+    ));
+    for bad in [(3, 10, 1), (3, 9, 2), (3, 0, u64::MAX), (3, 0, 0)] {
+        assert!(
+            matches!(
+                after(digests(&[bad]), &page[..8]),
+                Error::OutsideBlock { .. }
+            ),
+            "{bad:?}"
+        );
+    }
+    for length in [0, 7, 9, 16] {
+        assert!(
+            matches!(
+                after(digests(&[(3, 0, 1)]), &page[..length]),
+                Error::PayloadLength { .. }
+            ),
+            "{length}"
+        );
+    }
+    assert!(matches!(
+        after(digests(&[(3, 2, 1)]), &page[..8]),
+        Error::Differs { page: 2, .. }
+    ));
     assert!(matches!(
         after(layout(2, 11), &[]),
         Error::BlockChanged { .. }
@@ -138,6 +165,18 @@ fn frames_that_make_no_sense() {
     ] {
         assert!(matches!(after(early, &[]), Error::OutOfState { .. }));
     }
+    let early = Message::Digests(extents(&[(3, 0, 1)]));
+    assert!(matches!(
+        refused(&[(hello(), &[]), (early.clone(), &page[..8])]),
+        Error::Stale { .. }
+    ));
+    let late = Message::State(StateBody {
+        generation: Generation(1),
+        crc: crc32fast::hash(b"state"),
+    });
+    let mut frames = start();
+    frames.extend([(late, &b"state"[..]), (early, &page[..8])]);
+    assert!(matches!(refused(&frames), Error::OutOfState { .. }));
     assert!(matches!(
         refused(&[(Message::Sync, &[])]),
         Error::OutOfState { .. }

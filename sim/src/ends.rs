@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gleaner::gate::StoppedVcpus;
 use gleaner::migrate::{
-    Destination, Error, Harvested, LeaseId, MappedMemory, NewMemory, PageLease, Result, Source,
+    Destination, Error, Harvested, LeaseId, MappedMemory, Memory, NewMemory, PageLease, Result,
+    Source,
 };
 use gleaner::model::{Call, Failure, ModelKvm};
 use gleaner::{BlockId, BlockInfo, Extent, Hooks, Layout, LocalSource};
@@ -179,6 +180,10 @@ impl Source for Watched {
 
     fn state(&mut self) -> Result<Vec<u8>> {
         self.inner.state()
+    }
+
+    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+        self.inner.memory(block)
     }
 
     fn relinquish(&mut self) -> Result<()> {

@@ -22,6 +22,8 @@ pub struct ServiceClient<E = SocketExchange> {
     /// Blocks mapped so far, with their lengths.
     blocks: BTreeMap<BlockId, Arc<MappedMemory>>,
     lengths: BTreeMap<BlockId, u64>,
+    /// The guest is stopped, and can be told to go on.
+    stopped: bool,
     /// The service has been asked to let go of the guest.
     relinquished: bool,
 }
@@ -55,6 +57,7 @@ impl<E: Exchange> ServiceClient<E> {
             exchange,
             blocks: BTreeMap::new(),
             lengths: BTreeMap::new(),
+            stopped: false,
             relinquished: false,
         };
         let hello = Request::Hello {
@@ -91,7 +94,7 @@ impl<E: Exchange> ServiceClient<E> {
     }
 
     /// A block's memory, mapped once.
-    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+    fn mapped(&mut self, block: BlockId) -> Result<Memory> {
         if let Some(memory) = self.blocks.get(&block) {
             return Ok(Arc::clone(memory) as Memory);
         }
@@ -170,7 +173,7 @@ impl<E: Exchange> Source for ServiceClient<E> {
         let parts = lease
             .extents
             .iter()
-            .map(|extent| Ok(LeasedPart::new(*extent, self.memory(extent.block)?)))
+            .map(|extent| Ok(LeasedPart::new(*extent, self.mapped(extent.block)?)))
             .collect::<Result<Vec<_>>>()?;
         Ok(Some(PageLease {
             id: LeaseId(lease.id),
@@ -188,7 +191,9 @@ impl<E: Exchange> Source for ServiceClient<E> {
     }
 
     fn stop(&mut self) -> Result<()> {
-        self.done(&Request::Stop)
+        self.done(&Request::Stop)?;
+        self.stopped = true;
+        Ok(())
     }
 
     fn state(&mut self) -> Result<Vec<u8>> {
@@ -198,7 +203,15 @@ impl<E: Exchange> Source for ServiceClient<E> {
         }
     }
 
+    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+        if !self.stopped {
+            return Err(MigrateError::source(Error::NotStopped));
+        }
+        self.mapped(block)
+    }
+
     fn relinquish(&mut self) -> Result<()> {
+        self.stopped = false;
         // Whether the answer comes or not: the service may have heard it.
         self.relinquished = true;
         self.done(&Request::Relinquish)
@@ -209,6 +222,7 @@ impl<E: Exchange> Source for ServiceClient<E> {
     }
 
     fn resume(&mut self) -> Result<()> {
+        self.stopped = false;
         let resumed = self.ask(&Request::Resume);
         if let Err(Error::Socket { source, .. }) = &resumed
             && !self.relinquished

@@ -92,6 +92,11 @@ fn zeros(generation: u64, list: &[(u64, u64, u64)]) -> (Message, u64) {
     (Message::Zeros(extents(generation, list)), 0)
 }
 
+fn digests(generation: u64, list: &[(u64, u64, u64)]) -> (Message, u64) {
+    let pages: u64 = list.iter().map(|(_, _, n)| n).sum();
+    (Message::Digests(extents(generation, list)), 8 * pages)
+}
+
 fn state(generation: u64, sequence: u64) -> (Message, u64) {
     let body = StateBody {
         generation: Generation(generation),
@@ -173,6 +178,12 @@ pub fn seeds() -> Vec<Seed> {
             "twice-the-same-page",
             then(&[pages(1, &[(3, 1, 3), (3, 2, 1)])]),
         ),
+        ("differs", then(&[digests(1, &[(3, 4, 2)])])),
+        ("digests-outside", then(&[digests(1, &[(3, 9, 2)])])),
+        ("digests-of-another-length", {
+            let (message, length) = digests(1, &[(3, 1, 1)]);
+            then(&[(message, length + 8)])
+        }),
         (
             "block-grows",
             then(&[layout(2, &[block(3, "ram", 11)], &[])]),

@@ -9,6 +9,9 @@ pub const MAX_METADATA: u32 = 4 << 20;
 /// Most bytes of payload.
 pub const MAX_PAYLOAD: u32 = 64 << 20;
 
+/// Most digests in a frame.
+pub const MAX_DIGESTS: u32 = 1024;
+
 const MAGIC: [u8; 4] = *b"GLNR";
 const VERSION: u16 = super::VERSION;
 /// Where the checksum stands: after all it covers of the header.
@@ -73,6 +76,8 @@ kinds! {
     Join = 10, 32, 0;
     /// The source knows that the guest runs at the destination.
     Heard = 11, 0, 0;
+    /// Digests of pages, which the destination compares with its own.
+    Digests = 13, EXTENTS, 8 * MAX_DIGESTS;
     /// Answers Hello.
     Welcome = 65, 32, 0;
     /// All before a Sync is in memory.

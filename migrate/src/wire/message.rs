@@ -148,6 +148,7 @@ pub enum Message {
     Query(MigrationId),
     Join(Join),
     Heard,
+    Digests(Extents),
     Welcome(u16),
     Applied(u64),
     Ready,
@@ -173,6 +174,7 @@ impl Message {
             Self::Query(_) => Kind::Query,
             Self::Join(_) => Kind::Join,
             Self::Heard => Kind::Heard,
+            Self::Digests(_) => Kind::Digests,
             Self::Welcome(_) => Kind::Welcome,
             Self::Applied(_) => Kind::Applied,
             Self::Ready => Kind::Ready,
@@ -201,7 +203,7 @@ impl Message {
                 layout.check_count()?;
                 codec::encode(kind, layout)
             }
-            Self::Pages(extents) | Self::Zeros(extents) => {
+            Self::Pages(extents) | Self::Zeros(extents) | Self::Digests(extents) => {
                 check_extents(extents)?;
                 codec::encode(kind, extents)
             }
@@ -235,13 +237,13 @@ impl Message {
                 Self::Hello(hello)
             }
             Kind::Layout => Self::Layout(codec::decode(kind, bytes)?),
-            Kind::Pages | Kind::Zeros => {
+            Kind::Pages | Kind::Zeros | Kind::Digests => {
                 let extents = codec::decode(kind, bytes)?;
                 check_extents(&extents)?;
-                if kind == Kind::Pages {
-                    Self::Pages(extents)
-                } else {
-                    Self::Zeros(extents)
+                match kind {
+                    Kind::Pages => Self::Pages(extents),
+                    Kind::Zeros => Self::Zeros(extents),
+                    _ => Self::Digests(extents),
                 }
             }
             Kind::State => Self::State(codec::decode(kind, bytes)?),
@@ -326,7 +328,8 @@ mod tests {
         });
         for message in [
             Message::Pages(extents.clone()),
-            Message::Zeros(extents),
+            Message::Zeros(extents.clone()),
+            Message::Digests(extents),
             Message::Refused("x".repeat(MAX_REASON * 2)),
             Message::Hello(Hello {
                 version: VERSION,

@@ -25,6 +25,7 @@
 //! | 9 | Query | migration id | |
 //! | 10 | Join | migration id, number of the connection | |
 //! | 11 | Heard | | |
+//! | 13 | Digests | generation, extents | xxh3 (64 bits) of each of their pages, in this order |
 //! | 65 | Welcome | version | |
 //! | 66 | Applied | sequence of the Sync it answers | |
 //! | 67 | Ready | | |
@@ -39,7 +40,7 @@
 //! # Several connections
 //!
 //! The first connection opens with Hello, which says how many there will be; each further one with Join, once Hello has
-//! been answered. Pages, Zeros and Sync may go over any of them, everything else over the first alone. A Sync answers
+//! been answered. Pages, Zeros, Digests and Sync may go over any of them, everything else over the first alone. A Sync answers
 //! for its own connection. Nothing is under way on any connection while a Layout or a State is: every Sync of every
 //! connection is answered before, and pages of the new layout follow its Adopted. The generation in each frame of
 //! pages is that of the last Layout, so a frame that breaks this is refused.
@@ -49,7 +50,7 @@ mod header;
 mod message;
 mod pipe;
 
-pub use header::{HEADER_LEN, Header, Kind, MAX_METADATA, MAX_PAYLOAD};
+pub use header::{HEADER_LEN, Header, Kind, MAX_DIGESTS, MAX_METADATA, MAX_PAYLOAD};
 pub use message::{
     Adopted, Extents, Hello, Join, LayoutBody, MAX_BLOCKS, MAX_CHANNELS, MAX_EXTENTS, MAX_NAME,
     MAX_REASON, Message, StateBody, VERSION,

@@ -39,6 +39,8 @@ pub struct Guest {
     pub held_back: bool,
     /// Told of each harvest.
     pub harvested: Option<std::sync::mpsc::Sender<()>>,
+    /// Called when all of its memory is asked for.
+    pub shown: Option<Box<dyn FnMut() + Send>>,
 }
 
 /// Shared with whoever writes to the guest.
@@ -69,6 +71,7 @@ impl ToySource {
             failing: None,
             held_back: false,
             harvested: None,
+            shown: None,
         };
         let ram = guest.add_block("ram", pages);
         for page in (0..pages).step_by(3) {
@@ -253,6 +256,15 @@ impl Source for ToySource {
             guest.write(block, 1, 0x77);
         }
         Ok(b"state of the guest".to_vec())
+    }
+
+    fn memory(&mut self, block: BlockId) -> Result<Memory> {
+        let mut guest = self.call("memory")?;
+        assert!(!guest.running, "shown while it runs");
+        if let Some(shown) = &mut guest.shown {
+            shown();
+        }
+        Ok(guest.blocks[&block].1.clone())
     }
 
     fn relinquish(&mut self) -> Result<()> {
