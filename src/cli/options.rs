@@ -110,6 +110,10 @@ pub struct MigrationOptions {
     /// Connections that memory goes over, 1 to 64; one only to a file or a descriptor.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub channels: u16,
+    /// Compare all pages before the guest may run at the destination: a difference fails the migration, and the guest
+    /// runs on at the source. It takes time in which the guest stands still.
+    #[arg(long)]
+    pub verify: bool,
     /// The most bytes a second, all connections together (K, M, G).
     #[arg(long, value_name = "RATE", value_parser = units::size)]
     pub bandwidth_limit: Option<u64>,
@@ -136,6 +140,7 @@ impl MigrationOptions {
         SenderOptions {
             name: format!("gleaner {}", env!("CARGO_PKG_VERSION")),
             channels: self.channels,
+            verify: self.verify,
             downtime_limit: self.downtime_limit,
             timeout: self.timeout,
             on_timeout: match self.on_timeout {

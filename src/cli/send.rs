@@ -105,8 +105,15 @@ fn failed(id: MigrationId, error: &dyn std::error::Error) -> Report {
 
 /// What happened, for people.
 pub fn summary(report: &Report) -> String {
+    let verified = match report.verified_pages {
+        0 => String::new(),
+        pages => format!(
+            ", of which {:.1} ms to verify {pages} pages",
+            report.verify_ms
+        ),
+    };
     format!(
-        "{}: {} rounds, {} pages and {} zero pages sent, {:.1} MB on the wire in {:.0} ms, downtime {:.1} ms, {} slot transactions",
+        "{}: {} rounds, {} pages and {} zero pages sent, {:.1} MB on the wire in {:.0} ms, downtime {:.1} ms{verified}, {} slot transactions",
         match report.status {
             Status::Completed => "completed",
             Status::Failed => "failed",

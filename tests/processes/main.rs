@@ -16,3 +16,4 @@ mod kills;
 mod proxy;
 mod soak;
 mod storms;
+mod verify;
