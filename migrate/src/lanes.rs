@@ -10,8 +10,7 @@
 //! The source is used by the calling thread alone. With one connection there is no board and no other thread.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use gleaner_bitmap::Generation;
 
@@ -19,6 +18,7 @@ use crate::batch::Tally;
 use crate::channel::StreamChannel;
 use crate::job::Job;
 use crate::lane::{Lane, MAX_IN_FLIGHT};
+use crate::link::Failure;
 use crate::patience::TICK;
 use crate::supply::{Next, Supply};
 use crate::there::There;
@@ -67,16 +67,57 @@ impl<'a> Lanes<'a> {
         match self {
             Self::One(lane) => alone(lane, supply, generation, there),
             Self::Many(lanes) => {
-                let carried = together(lanes, supply, generation, there);
-                carried.map_err(|error| match error {
-                    // The destination says why on the first connection.
-                    Error::Closed { .. } | Error::Io { .. } | Error::Connection { .. } => {
-                        lanes[0].link.last_words().unwrap_or(error)
-                    }
-                    other => other,
-                })
+                together(lanes, supply, generation, there);
+                told(lanes)
             }
         }
+    }
+
+    /// Lets every connection do `work` at the same time.
+    pub(crate) fn at_once(
+        &mut self,
+        work: impl Fn(&mut Lane<dyn Channel + '_>) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let lanes = match self {
+            Self::One(lane) => return work(lane),
+            Self::Many(lanes) => lanes,
+        };
+        std::thread::scope(|scope| {
+            for (number, lane) in lanes.iter_mut().enumerate() {
+                let work = &work;
+                scope.spawn(move || {
+                    if let Err(error) = work(lane) {
+                        fail(lane, number, error);
+                    }
+                });
+            }
+        });
+        told(lanes)
+    }
+}
+
+/// A connection failed, and the others with it.
+fn fail(lane: &Lane<StreamChannel>, number: usize, error: Error) {
+    lane.link.limits.failure.meet(match error {
+        Error::Closed { .. } | Error::Io { .. } | Error::Silent { .. } if number > 0 => {
+            Error::Connection {
+                number,
+                cause: Box::new(error),
+            }
+        }
+        other => other,
+    });
+}
+
+/// What became of the work of several connections. Where one is gone, the destination says why on the first.
+fn told(lanes: &mut [Lane<StreamChannel>]) -> Result<()> {
+    let link = &mut lanes[0].link;
+    match link.limits.failure.take() {
+        Some(error @ (Error::Closed { .. } | Error::Io { .. } | Error::Connection { .. })) => {
+            Err(link.last_words().unwrap_or(error))
+        }
+        Some(error) => Err(error),
+        None => Ok(()),
     }
 }
 
@@ -111,33 +152,25 @@ fn together(
     supply: &mut Supply<'_>,
     generation: Generation,
     there: &There,
-) -> Result<()> {
+) {
     let board = Board::default();
     let room = lanes.len();
-    let limits = std::sync::Arc::clone(&lanes[0].link.limits);
-    let supplied = std::thread::scope(|scope| {
+    let limits = Arc::clone(&lanes[0].link.limits);
+    std::thread::scope(|scope| {
         for (number, lane) in lanes.iter_mut().enumerate() {
             let board = &board;
             scope.spawn(move || {
                 if let Err(error) = work(lane, board, generation, there) {
-                    // What else fails fails because of this.
-                    lane.link.limits.failed.store(true, Ordering::Relaxed);
-                    board.fail(number, error);
+                    fail(lane, number, error);
+                    board.over();
                 }
             });
         }
-        let supplied = board.feed(supply, room);
-        if supplied.is_err() {
-            limits.failed.store(true, Ordering::Relaxed);
+        if let Err(error) = board.feed(supply, room, &limits.failure) {
+            limits.failure.meet(error);
         }
         board.over();
-        supplied
     });
-    // A connection's error is the cause of what the feeding met, if there is one.
-    match board.lock().failed.take() {
-        Some(error) => Err(error),
-        None => supplied,
-    }
 }
 
 /// A connection's thread: job by job, until there will be no more and all have been applied.
@@ -190,8 +223,6 @@ struct State {
     done: Vec<LeaseId>,
     /// No more jobs will come.
     over: bool,
-    /// The first connection that failed.
-    failed: Option<Error>,
 }
 
 impl Board {
@@ -225,35 +256,23 @@ impl Board {
         self.changed.notify_all();
     }
 
-    fn fail(&self, lane: usize, error: Error) {
-        let mut state = self.lock();
-        state.failed.get_or_insert_with(|| match error {
-            Error::Closed { .. } | Error::Io { .. } | Error::Silent { .. } if lane > 0 => {
-                Error::Connection {
-                    number: lane,
-                    cause: Box::new(error),
-                }
-            }
-            other => other,
-        });
-        state.jobs.clear();
-        state.over = true;
-        self.changed.notify_all();
-    }
-
+    /// No more jobs come. After a failure there may be some that nobody has taken; nobody shall.
     fn over(&self) {
-        self.lock().over = true;
+        let mut state = self.lock();
+        state.over = true;
+        state.jobs.clear();
+        drop(state);
         self.changed.notify_all();
     }
 
     /// Puts up what the supply has, a few jobs at a time so that none is read long before it is sent, until all have
-    /// been applied. An error of a connection is left on the board.
-    fn feed(&self, supply: &mut Supply<'_>, room: usize) -> Result<()> {
+    /// been applied, or a connection has failed.
+    fn feed(&self, supply: &mut Supply<'_>, room: usize, failure: &Failure) -> Result<()> {
         let mut under_way = 0;
         loop {
             let (done, space) = {
                 let mut state = self.lock();
-                if state.failed.is_some() {
+                if failure.has_happened() {
                     return Ok(());
                 }
                 let done = std::mem::take(&mut state.done);
@@ -280,7 +299,7 @@ impl Board {
                 let state = self.lock();
                 let full = state.jobs.len() >= room;
                 let quiet = |state: &mut State| {
-                    state.failed.is_none()
+                    !failure.has_happened()
                         && state.done.is_empty()
                         && (!full || state.jobs.len() >= room)
                 };

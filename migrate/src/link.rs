@@ -20,9 +20,37 @@ pub(crate) struct Limits {
     pub(crate) silence: Duration,
     /// The source has let go of its guest: there is no way back, so nothing but silence ends a wait.
     pub(crate) committed: AtomicBool,
-    /// Another connection has failed, and the migration with it.
-    pub(crate) failed: AtomicBool,
+    pub(crate) failure: Failure,
     pub(crate) pace: Pace,
+}
+
+/// What ended the work of several connections, or of what supplies them. Whatever else fails fails because of this.
+#[derive(Default)]
+pub(crate) struct Failure {
+    happened: AtomicBool,
+    cause: Mutex<Option<Error>>,
+}
+
+impl Failure {
+    /// Something failed. The first one is kept, but what the destination says of it explains more.
+    pub(crate) fn meet(&self, error: Error) {
+        let mut cause = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        if cause.is_none() || matches!(error, Error::Refused { .. }) {
+            *cause = Some(error);
+        }
+        // Only when the cause is known: others take it for the cause of theirs.
+        self.happened.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn has_happened(&self) -> bool {
+        self.happened.load(Ordering::Acquire)
+    }
+
+    /// The cause. It can be told once.
+    pub(crate) fn take(&self) -> Option<Error> {
+        let mut cause = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
+        cause.take()
+    }
 }
 
 /// A bandwidth limit, for all connections together.
@@ -58,8 +86,8 @@ impl Limits {
         if self.is_committed() {
             return Ok(());
         }
-        if self.failed.load(Ordering::Relaxed) {
-            // Nobody reads this: what has failed first is what is told.
+        if self.failure.has_happened() {
+            // Nobody reads this: the cause is what is told.
             return Err(Error::Closed {
                 during: "another connection failed",
             });

@@ -27,7 +27,7 @@ use gleaner_bitmap::mutant::{self, Mutant};
 use crate::channel::StreamChannel;
 use crate::lane::Lane;
 use crate::lanes::Lanes;
-use crate::link::{Limits, Link, Pace};
+use crate::link::{Failure, Limits, Link, Pace};
 use crate::policy::{Goal, History, OnTimeout, Verdict};
 use crate::supply::Supply;
 use crate::there::There;
@@ -211,7 +211,7 @@ impl<'a> Sender<'a> {
                 .and_then(|limit| Some((now.checked_add(limit)?, limit))),
             silence: options.io_timeout,
             committed: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
+            failure: Failure::default(),
             pace: Pace::new(options.bandwidth_limit, now),
         })
     }

@@ -16,10 +16,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use gleaner_bitmap::{BlockInfo, Extent, Generation};
 
 use crate::lane::{Lane, MAX_IN_FLIGHT};
-use crate::lanes::Lanes;
 use crate::sender::{Session, millis};
 use crate::wire::{Extents, MAX_DIGESTS, Message, Payload};
-use crate::{Channel, Error, Memory, Result, digest};
+use crate::{Channel, Memory, Result, digest};
 
 /// Pages in a chunk.
 const CHUNK: u64 = MAX_DIGESTS as u64;
@@ -114,41 +113,4 @@ impl<C: Channel + ?Sized> Lane<C> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Lanes<'_> {
-    /// Lets every connection do `work` at the same time.
-    fn at_once(
-        &mut self,
-        work: impl Fn(&mut Lane<dyn Channel + '_>) -> Result<()> + Sync,
-    ) -> Result<()> {
-        let lanes = match self {
-            Self::One(lane) => return work(lane),
-            Self::Many(lanes) => lanes,
-        };
-        let failed = Mutex::new(None);
-        std::thread::scope(|scope| {
-            for lane in lanes.iter_mut() {
-                let (work, failed) = (&work, &failed);
-                scope.spawn(move || {
-                    let Err(error) = work(lane) else { return };
-                    // What else fails fails because of this.
-                    lane.link.limits.failed.store(true, Ordering::Relaxed);
-                    let mut failed = lock(failed);
-                    if failed.is_none() || matches!(error, Error::Refused { .. }) {
-                        *failed = Some(error);
-                    }
-                });
-            }
-        });
-        let first = lock(&failed).take();
-        match first {
-            // The destination says why on the first connection.
-            Some(error @ (Error::Closed { .. } | Error::Io { .. })) => {
-                Err(lanes[0].link.last_words().unwrap_or(error))
-            }
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
-    }
 }

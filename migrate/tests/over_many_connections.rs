@@ -302,9 +302,27 @@ fn breaking(dir: &std::path::Path, number: usize, fault: Fault) -> (Address, Add
 }
 
 #[test]
+fn what_fails_at_the_source_is_what_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    for call in ["lease", "ack"] {
+        // More than one lease: others are under way when it fails.
+        let source = ToySource::new(30_000);
+        (0..30_000).for_each(|page| source.guest().write(BlockId(0), page, 5));
+        source.guest().failing = Some(call);
+        let place = ToyDestination::default();
+        let address = Address::Unix(dir.path().join(call));
+        let (report, received) = migrate_to(&address, &source, &place, with_channels(3));
+        assert_eq!(report.status, Status::Failed);
+        let reason = report.reason.unwrap();
+        assert_eq!(reason, format!("source: {call} does not work"));
+        assert!(received.reason.unwrap().contains(&reason));
+    }
+}
+
+#[test]
 fn any_connection_that_breaks_leaves_the_guest_at_the_source_and_nothing_lost() {
     for number in 0..3 {
-        for cut in [0, 20, 100, 5000, 700_000] {
+        for cut in [0, 20, 100, 5000, 700_000, 3_900_000] {
             let dir = tempfile::tempdir().unwrap();
             let fault = Fault {
                 cut: Some(cut),
@@ -333,6 +351,7 @@ fn any_connection_that_breaks_leaves_the_guest_at_the_source_and_nothing_lost() 
             cancel.cancel();
             receiving.join().unwrap().unwrap();
             assert!(!place.place().running, "{case}");
+            assert_what_differs_is_dirty(&source, &place);
             // And again, with everything dirty.
             source.guest().touch();
             let again = ToyDestination::default();

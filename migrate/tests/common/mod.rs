@@ -144,6 +144,11 @@ impl Guest {
         }
     }
 
+    /// Whether the next attempt would send the page if nothing else were known of the destination.
+    pub fn is_dirty(&self, block: BlockId, page: u64) -> bool {
+        self.log.contains(&(block, page)) || self.store.contains(&(block, page))
+    }
+
     pub fn no_leases(&self) -> bool {
         self.leases.is_empty()
     }
@@ -448,6 +453,23 @@ pub fn assert_same(source: &ToySource, place: &ToyDestination) {
             ram.slice(page).unwrap().copy_to(&mut here);
             place.blocks[id].1.slice(page).unwrap().copy_to(&mut there);
             assert!(here == there, "page {} of {id} differs", page.first);
+        }
+    }
+}
+
+/// A page whose contents have not arrived is dirty at the source, of blocks that are at both ends.
+pub fn assert_what_differs_is_dirty(source: &ToySource, place: &ToyDestination) {
+    let (guest, place) = (source.guest(), place.place());
+    for (id, (info, ram)) in &guest.blocks {
+        let Some((_, there)) = place.blocks.get(id) else {
+            continue;
+        };
+        for page in 0..info.pages {
+            let range = PageRange::new(page, 1);
+            let [mut left, mut right] = [[0u8; 4096]; 2];
+            ram.slice(range).unwrap().copy_to(&mut left);
+            there.slice(range).unwrap().copy_to(&mut right);
+            assert!(left == right || guest.is_dirty(*id, page), "page {page}");
         }
     }
 }
