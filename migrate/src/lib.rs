@@ -9,7 +9,7 @@
 //! println!("{:?} {:?}", received.status, received.reason);
 //!
 //! // the source
-//! let to: Address = "unix:/run/in.sock".parse()?;
+//! let to = Connector::new("unix:/run/in.sock".parse()?);
 //! let id = MigrationId::random()?;
 //! let report = Sender::new(source, SenderOptions::new(id)).run_to(&to);
 //! if report.status == Status::InDoubt {
@@ -42,6 +42,7 @@ mod batch;
 mod blocks;
 mod channel;
 mod clock;
+mod connector;
 mod destination;
 mod digest;
 mod error;
@@ -79,6 +80,7 @@ mod zero;
 pub use address::Address;
 pub use channel::Channel;
 pub use clock::Clock;
+pub use connector::{Connector, connect};
 pub use destination::Destination;
 pub use error::{Error, Result};
 pub use holes::Holes;
@@ -94,4 +96,4 @@ pub use reception::{Peer, Reception};
 pub use report::{Progress, Received, Report, Status};
 pub use sender::{Hold, OnProgress, Sender, SenderOptions};
 pub use source::{Harvested, LeaseId, LeasedPart, PageLease, Source};
-pub use stream::{Stream, connect};
+pub use stream::Stream;

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::wire::{Inlet, Message, Outlet, Payload};
-use crate::{Address, Error, Result, Source, Status, Stream, connect};
+use crate::{Address, Connector, Error, Result, Source, Status, Stream};
 
 /// Names one attempt to migrate, at both ends. Never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -124,21 +124,21 @@ impl Outcomes {
     }
 }
 
-/// Asks the destination at `address` what became of a migration, waiting at most `timeout` for its answer. One that has
-/// not decided yet, because it has not noticed that the source's connection is gone, is asked again.
+/// Asks the destination, on a new connection, what became of a migration, waiting at most `timeout` for its answer. One
+/// that has not decided yet, because it has not noticed that the source's connection is gone, is asked again.
 ///
 /// # Errors
-/// [`Error::Address`] for a file, which can't answer and is left as it is; [`Error::Io`], [`Error::Silent`],
-/// [`Error::Closed`] or what is wrong with the answer: nothing is known then.
-pub fn query(address: &Address, id: MigrationId, timeout: Duration) -> Result<Outcome> {
+/// [`Error::Address`] for a file, which can't answer and is left as it is; those of [`Connector::connect`];
+/// [`Error::Io`], [`Error::Silent`], [`Error::Closed`] or what is wrong with the answer: nothing is known then.
+pub fn query(to: &Connector, id: MigrationId, timeout: Duration) -> Result<Outcome> {
     // Before connecting, which empties a file: it may hold the only copy of the guest.
-    if let Address::File(_) = address {
+    if let address @ Address::File(_) = to.address() {
         return Err(file(address));
     }
     let end = Instant::now() + timeout;
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        match ask(connect(address)?, id, left)? {
+        match ask(to.connect()?, id, left)? {
             Outcome::Pending if left > AGAIN => std::thread::sleep(AGAIN),
             outcome => return Ok(outcome),
         }
@@ -235,7 +235,7 @@ mod tests {
         std::fs::write(&path, "memory").unwrap();
         let id = MigrationId([1; 16]);
         let limit = Duration::from_secs(1);
-        assert!(query(&Address::File(path.clone()), id, limit).is_err());
+        assert!(query(&Connector::new(Address::File(path.clone())), id, limit).is_err());
         let open = File::options().append(true).open(&path).unwrap();
         assert!(ask(Stream::File(open), id, limit).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"memory");

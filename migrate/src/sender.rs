@@ -33,8 +33,8 @@ use crate::supply::Supply;
 use crate::there::There;
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
-    Address, CancelToken, Channel, Clock, Error, MigrationId, Progress, Report, Result, Source,
-    Status, Stream, connect,
+    Address, CancelToken, Channel, Clock, Connector, Error, MigrationId, Progress, Report, Result,
+    Source, Status, Stream,
 };
 
 /// Asked before each switchover: not before it returns true.
@@ -108,30 +108,29 @@ impl<'a> Sender<'a> {
         Self { source, options }
     }
 
-    /// Migrates to the destination at `address`, over as many connections as the options say. Errors are in the report:
-    /// its status says where the guest is.
+    /// Migrates to the destination that `to` reaches, over as many connections as the options say. Errors are in the
+    /// report: its status says where the guest is.
     #[must_use]
-    pub fn run_to(self, address: &Address) -> Report {
+    pub fn run_to(self, to: &Connector) -> Report {
         let channels = self.options.channels;
-        let most = match address {
+        let most = match to.address() {
             Address::Tcp { .. } | Address::Unix(_) => MAX_CHANNELS,
             Address::Fd(_) | Address::File(_) => 1,
         };
         if !(1..=most).contains(&channels) {
-            let to = address.to_string();
             return self.failed(Error::Channels {
                 asked: channels,
-                to,
+                to: to.address().to_string(),
                 most,
             });
         }
         // Before connecting, which empties a file.
-        if self.options.verify && matches!(address, Address::File(_)) {
+        if self.options.verify && matches!(to.address(), Address::File(_)) {
             return self.failed(Error::Unverifiable);
         }
-        match connect(address) {
+        match to.connect() {
             Ok(stream) if channels == 1 => self.run(stream),
-            Ok(stream) => self.run_on_many(stream, address),
+            Ok(stream) => self.run_on_many(stream, to),
             Err(error) => self.failed(error),
         }
     }
@@ -163,7 +162,7 @@ impl<'a> Sender<'a> {
         session.finish(ended)
     }
 
-    fn run_on_many(self, first: Stream, address: &Address) -> Report {
+    fn run_on_many(self, first: Stream, to: &Connector) -> Report {
         let channels = self.options.channels;
         let limits = self.limits();
         let lane = |stream| {
@@ -179,7 +178,7 @@ impl<'a> Sender<'a> {
         let ended = session
             .greet(channels)
             .and_then(|()| {
-                (1..channels).try_for_each(|number| session.join(lane(connect(address)?)?, number))
+                (1..channels).try_for_each(|number| session.join(lane(to.connect()?)?, number))
             })
             .and_then(|()| session.migrate());
         session.finish(ended)

@@ -1,60 +1,36 @@
 //! A byte stream to the other end.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, sockopt};
 use vm_memory::VolatileSlice;
 
-use crate::{Address, Error, Result, raw};
+use crate::{Error, Result, raw};
 
-/// How long a TCP connection may take to come about.
-const CONNECT: Duration = Duration::from_secs(10);
+/// A peer that sent nothing for so long is asked whether it is still there,
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+/// so long after each other,
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// and is taken for gone after so many questions.
+const KEEPALIVE_PROBES: u32 = 3;
+/// Bytes that the peer's system has not taken for so long break the connection, in milliseconds.
+const USER_TIMEOUT: u32 = 30_000;
 
 /// A connection to the other end, or a file that stands for it.
 #[derive(Debug)]
 pub enum Stream {
-    /// TCP, with `TCP_NODELAY` when it came from this crate.
+    /// TCP. When it came from this crate: with `TCP_NODELAY`, with keepalive (after 10 s, every 5 s, 3 times), and
+    /// broken after 30 s in which the peer's system took nothing (`TCP_USER_TIMEOUT`).
     Tcp(TcpStream),
     /// A Unix stream socket.
     Unix(UnixStream),
     /// A file: written by the source, read by the destination, without answers.
     File(File),
-}
-
-/// Connects to the destination. A file is created with mode 0600 (guest memory is secret), or emptied.
-///
-/// # Errors
-/// [`Error::Io`]; nothing is open then.
-pub fn connect(address: &Address) -> Result<Stream> {
-    let fail = |cause| Error::io(format!("connect to {address}"), cause);
-    match address {
-        Address::Tcp { host, port } => {
-            let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-            for target in (host.as_str(), *port).to_socket_addrs().map_err(fail)? {
-                match TcpStream::connect_timeout(&target, CONNECT) {
-                    Ok(tcp) => return Stream::tcp(tcp).map_err(fail),
-                    Err(cause) => last = cause,
-                }
-            }
-            Err(fail(last))
-        }
-        Address::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).map_err(fail)?)),
-        Address::Fd(fd) => Stream::inherited(*fd).map_err(fail),
-        Address::File(path) => OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(path)
-            .map(Stream::File)
-            .map_err(|cause| Error::io(format!("create {address}"), cause)),
-    }
 }
 
 impl Stream {
@@ -122,6 +98,11 @@ impl Stream {
 
     pub(crate) fn tcp(tcp: TcpStream) -> io::Result<Self> {
         tcp.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(&tcp, true)?;
+        sockopt::set_tcp_keepidle(&tcp, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(&tcp, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&tcp, KEEPALIVE_PROBES)?;
+        sockopt::set_tcp_user_timeout(&tcp, USER_TIMEOUT)?;
         Ok(Self::Tcp(tcp))
     }
 
@@ -215,40 +196,5 @@ impl From<TcpStream> for Stream {
 impl From<File> for Stream {
     fn from(file: File) -> Self {
         Self::File(file)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::fd::AsRawFd;
-
-    use super::*;
-
-    #[test]
-    fn an_inherited_socket_is_used_and_left_open() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let address = Address::Fd(ours.as_raw_fd());
-        for text in [b"one", b"two"] {
-            connect(&address).unwrap().write(text, false).unwrap();
-            let mut got = [0; 3];
-            io::Read::read_exact(&mut &theirs, &mut got).unwrap();
-            assert_eq!(&got, text);
-        }
-    }
-
-    #[test]
-    fn a_descriptor_that_is_not_open_is_named() {
-        let message = connect(&Address::Fd(1_000_000)).unwrap_err().to_string();
-        assert!(message.contains("fd:1000000"), "{message}");
-    }
-
-    #[test]
-    fn a_file_is_private_to_its_owner() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("stream");
-        assert!(connect(&Address::File(path.clone())).unwrap().is_file());
-        let mode = path.metadata().unwrap().permissions().mode();
-        assert_eq!(mode & 0o077, 0);
     }
 }

@@ -64,11 +64,11 @@ fn over_tcp() {
             .unwrap()
     });
     // A question before the migration is answered and does not take its place.
-    let address: Address = address.parse().unwrap();
+    let to = Connector::new(address.parse().unwrap());
     let id = MigrationId::random().unwrap();
-    let outcome = query(&address, id, std::time::Duration::from_secs(10)).unwrap();
+    let outcome = query(&to, id, std::time::Duration::from_secs(10)).unwrap();
     assert_eq!(outcome, Outcome::Unknown);
-    let report = Sender::new(&mut source.clone(), options()).run(connect(&address).unwrap());
+    let report = Sender::new(&mut source.clone(), options()).run(to.connect().unwrap());
     assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
     assert_eq!(receiving.join().unwrap().source, "toy");
     assert_same(&source, &place);

@@ -365,6 +365,7 @@ fn a_doubt_is_resolved_by_asking() {
         .parse()
         .unwrap();
     let listener = Listener::bind(&address).unwrap();
+    let to = Connector::new(address);
     let [forth, back] = lengths();
     // GO gets through and RUNNING does not; GO does not get through.
     for (faults, expected) in [
@@ -390,7 +391,7 @@ fn a_doubt_is_resolved_by_asking() {
         let outcome = std::thread::scope(|scope| {
             let serving =
                 scope.spawn(|| serve_query(listener.accept().unwrap(), &outcomes, limit).unwrap());
-            let asked = query(&address, report.migration_id, limit).unwrap();
+            let asked = query(&to, report.migration_id, limit).unwrap();
             assert_eq!(serving.join().unwrap(), asked);
             asked
         });

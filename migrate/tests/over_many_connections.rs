@@ -100,7 +100,7 @@ fn more_connections_than_can_be_are_refused_before_anything_is_sent() {
     ] {
         let source = ToySource::new(10);
         let report = Sender::new(&mut source.clone(), with_channels(channels))
-            .run_to(&address.parse().unwrap());
+            .run_to(&Connector::new(address.parse().unwrap()));
         assert_eq!(report.status, Status::Failed);
         let reason = report.reason.unwrap();
         assert!(
@@ -341,7 +341,8 @@ fn any_connection_that_breaks_leaves_the_guest_at_the_source_and_nothing_lost() 
             };
             let receiving =
                 thread::spawn(move || Receiver::new(&mut there, receiver).listen(&listener));
-            let report = Sender::new(&mut source.clone(), with_channels(3)).run_to(&near);
+            let report =
+                Sender::new(&mut source.clone(), with_channels(3)).run_to(&Connector::new(near));
             let case = format!("connection {number} after {cut} bytes: {:?}", report.reason);
             assert_eq!(report.status, Status::Failed, "{case}");
             assert!(

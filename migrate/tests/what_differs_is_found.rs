@@ -121,7 +121,8 @@ fn a_file_is_refused_before_anything_is_written() {
     let path = dir.path().join("guest");
     let address = Address::File(path.clone());
     let source = ToySource::new(10);
-    let report = Sender::new(&mut source.clone(), verified(1)).run_to(&address);
+    let report =
+        Sender::new(&mut source.clone(), verified(1)).run_to(&Connector::new(address.clone()));
     assert!(matches!(report.error, Some(Error::Unverifiable)));
     assert!(source.guest().running && !path.exists());
     let report = Sender::new(&mut source.clone(), verified(1)).run(connect(&address).unwrap());

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Listener, MigrationId, Receiver, ReceiverOptions, Report, Sender, Status,
+    Address, CancelToken, Connector, Listener, MigrationId, Receiver, ReceiverOptions, Report,
+    Sender, Status,
 };
 use serde_json::json;
 use vm_memory::{Bytes, VolatileMemory};
@@ -161,7 +162,7 @@ impl Demo {
         let (tracker, before, wanted) =
             (tracker.clone(), tracker.transactions(), self.transactions);
         options.hold = Some(Box::new(move || tracker.transactions() - before >= wanted));
-        Ok(Sender::new(&mut source, options).run_to(to))
+        Ok(Sender::new(&mut source, options).run_to(&Connector::new(to.clone())))
     }
 
     fn tell(

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use gleaner_migrate::{Address, CancelToken, MigrationId, Report, Sender, Status, query, resolve};
+use gleaner_migrate::{
+    Address, CancelToken, Connector, MigrationId, Report, Sender, Status, query, resolve,
+};
 
 use super::Failure;
 use super::options::{MigrationOptions, cancel_on_signal};
@@ -41,10 +43,11 @@ impl Send {
         let id = MigrationId::random().map_err(output.failure())?;
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
+        let to = Connector::new(self.to);
         let mut source = match ServiceClient::attach(&self.control, id) {
             Ok(Attach::Ready(source)) => source,
             Ok(Attach::InDoubt(source, earlier)) => {
-                return Ok(self.resolve(output, source, earlier));
+                return Ok(settle(output, &to, source, earlier));
             }
             Err(error) => {
                 let report = failed(id, &error);
@@ -53,46 +56,51 @@ impl Send {
             }
         };
         let options = self.migration.sender(id, cancel);
-        let report = Sender::new(&mut source, options).run_to(&self.to);
+        let report = Sender::new(&mut source, options).run_to(&to);
         output.result(&report, || summary(&report));
         Ok(exit_code(&report))
     }
+}
 
-    /// An earlier attempt is in doubt: asks its destination.
-    fn resolve(&self, output: Output, mut source: ServiceClient, earlier: MigrationId) -> ExitCode {
-        eprintln!(
-            "gleaner: migration {earlier} is in doubt, asking {}",
-            self.to
-        );
-        let answer = query(&self.to, earlier, QUERY_PATIENCE)
-            .map_err(|e| e.to_string())
-            .and_then(|outcome| resolve(&mut source, outcome).map_err(|e| e.to_string()));
-        // Whatever went wrong, the service has not let the guest go on.
-        let (status, reason) = match answer {
-            Ok(Status::Completed) => (
-                Status::Completed,
-                "the guest runs at the destination".to_string(),
-            ),
-            Ok(status @ (Status::Failed | Status::Cancelled)) => (
-                status,
-                "the destination never ran the guest; it runs on here".into(),
-            ),
-            Ok(Status::InDoubt) => (
-                Status::InDoubt,
-                "the destination does not know of it; the guest stays stopped here".into(),
-            ),
-            Err(error) => (
-                Status::InDoubt,
-                format!("{error}; the guest stays stopped here"),
-            ),
-        };
-        let reason = format!("migration {earlier}: {reason}");
-        let mut report = Report::new(earlier);
-        report.status = status;
-        report.reason = Some(reason.clone());
-        output.result(&report, || reason);
-        exit_code(&report)
-    }
+/// An earlier attempt is in doubt: asks its destination.
+fn settle(
+    output: Output,
+    to: &Connector,
+    mut source: ServiceClient,
+    earlier: MigrationId,
+) -> ExitCode {
+    eprintln!(
+        "gleaner: migration {earlier} is in doubt, asking {}",
+        to.address()
+    );
+    let answer = query(to, earlier, QUERY_PATIENCE)
+        .map_err(|e| e.to_string())
+        .and_then(|outcome| resolve(&mut source, outcome).map_err(|e| e.to_string()));
+    // Whatever went wrong, the service has not let the guest go on.
+    let (status, reason) = match answer {
+        Ok(Status::Completed) => (
+            Status::Completed,
+            "the guest runs at the destination".to_string(),
+        ),
+        Ok(status @ (Status::Failed | Status::Cancelled)) => (
+            status,
+            "the destination never ran the guest; it runs on here".into(),
+        ),
+        Ok(Status::InDoubt) => (
+            Status::InDoubt,
+            "the destination does not know of it; the guest stays stopped here".into(),
+        ),
+        Err(error) => (
+            Status::InDoubt,
+            format!("{error}; the guest stays stopped here"),
+        ),
+    };
+    let reason = format!("migration {earlier}: {reason}");
+    let mut report = Report::new(earlier);
+    report.status = status;
+    report.reason = Some(reason.clone());
+    output.result(&report, || reason);
+    exit_code(&report)
 }
 
 /// It failed before a byte was sent.

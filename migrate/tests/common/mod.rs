@@ -430,7 +430,7 @@ pub fn migrate_to(
             .listen(&listener)
             .unwrap()
     });
-    let report = Sender::new(&mut source, options).run_to(&address);
+    let report = Sender::new(&mut source, options).run_to(&Connector::new(address));
     (report, there.join().unwrap())
 }
 

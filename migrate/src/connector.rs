@@ -1,0 +1,133 @@
+//! How the source reaches the destination, as often as it needs to.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::{Address, Error, Result, Stream};
+
+/// How long a TCP connection may take to come about.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Makes connections to one destination. It may be used several times, by several threads at once.
+#[derive(Clone, Debug)]
+pub struct Connector {
+    address: Address,
+}
+
+impl Connector {
+    /// For connections to `address`. Nothing is opened yet.
+    #[must_use]
+    pub const fn new(address: Address) -> Self {
+        Self { address }
+    }
+
+    /// Where it connects to.
+    #[must_use]
+    pub const fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// A new connection. A file is created with mode 0600 (guest memory is secret), or emptied. TCP takes at most 10 s
+    /// for each address of the host.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; nothing is open then.
+    pub fn connect(&self) -> Result<Stream> {
+        let fail = |cause| Error::io(format!("connect to {}", self.address), cause);
+        match &self.address {
+            Address::Tcp { host, port } => tcp(host, *port).map_err(fail),
+            Address::Unix(path) => UnixStream::connect(path).map(Stream::Unix).map_err(fail),
+            Address::Fd(fd) => Stream::inherited(*fd).map_err(fail),
+            Address::File(path) => file(path)
+                .map(Stream::File)
+                .map_err(|cause| Error::io(format!("create {}", self.address), cause)),
+        }
+    }
+}
+
+/// The first of the host's addresses that takes a connection.
+fn tcp(host: &str, port: u16) -> io::Result<Stream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for target in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&target, CONNECT) {
+            Ok(tcp) => return Stream::tcp(tcp),
+            Err(cause) => last = cause,
+        }
+    }
+    Err(last)
+}
+
+fn file(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+}
+
+/// One connection to `address`: [`Connector::connect`] in short.
+///
+/// # Errors
+/// As there.
+pub fn connect(address: &Address) -> Result<Stream> {
+    Connector::new(address.clone()).connect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use rustix::net::sockopt;
+
+    use super::*;
+    use crate::Listener;
+
+    #[test]
+    fn an_inherited_socket_is_used_and_left_open() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let connector = Connector::new(Address::Fd(ours.as_raw_fd()));
+        for text in [b"one", b"two"] {
+            connector.connect().unwrap().write(text, false).unwrap();
+            let mut got = [0; 3];
+            io::Read::read_exact(&mut &theirs, &mut got).unwrap();
+            assert_eq!(&got, text);
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_is_not_open_is_named() {
+        let message = connect(&Address::Fd(1_000_000)).unwrap_err().to_string();
+        assert!(message.contains("fd:1000000"), "{message}");
+    }
+
+    #[test]
+    fn a_file_is_private_to_its_owner() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stream");
+        assert!(connect(&Address::File(path.clone())).unwrap().is_file());
+        let mode = path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0);
+    }
+
+    #[test]
+    fn a_host_that_vanishes_is_noticed_at_both_ends() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = format!("tcp:{}", listener.local_addr().unwrap());
+        let near = connect(&address.parse().unwrap()).unwrap();
+        for end in [near, listener.accept().unwrap()] {
+            assert!(sockopt::tcp_nodelay(&end).unwrap());
+            assert!(sockopt::socket_keepalive(&end).unwrap());
+            assert_eq!(sockopt::tcp_keepidle(&end).unwrap().as_secs(), 10);
+            assert_eq!(sockopt::tcp_keepintvl(&end).unwrap().as_secs(), 5);
+            assert_eq!(sockopt::tcp_keepcnt(&end).unwrap(), 3);
+            assert_eq!(sockopt::tcp_user_timeout(&end).unwrap(), 30_000);
+        }
+    }
+}
