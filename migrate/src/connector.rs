@@ -9,6 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::{Address, Error, Result, Stream};
+#[cfg(feature = "tls")]
+use crate::{TlsClient, TlsStream};
 
 /// How long a TCP connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -17,13 +19,32 @@ const CONNECT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Connector {
     address: Address,
+    /// With the name that the destination's certificate has to be made out to.
+    #[cfg(feature = "tls")]
+    tls: Option<(TlsClient, rustls::pki_types::ServerName<'static>)>,
 }
 
 impl Connector {
     /// For connections to `address`. Nothing is opened yet.
     #[must_use]
     pub const fn new(address: Address) -> Self {
-        Self { address }
+        Self {
+            address,
+            #[cfg(feature = "tls")]
+            tls: None,
+        }
+    }
+
+    /// With TLS from now on, and never without. The destination's certificate has to be made out to the host in
+    /// `tcp:HOST:PORT`; to `localhost` for `unix:` and `fd:`.
+    ///
+    /// # Errors
+    /// [`Error::Address`] for a file, which has no other end, and for a host that no certificate can name.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, client: TlsClient) -> Result<Self> {
+        let host = TlsClient::host(&self.address)?;
+        self.tls = Some((client, host));
+        Ok(self)
     }
 
     /// Where it connects to.
@@ -33,11 +54,21 @@ impl Connector {
     }
 
     /// A new connection. A file is created with mode 0600 (guest memory is secret), or emptied. TCP takes at most 10 s
-    /// for each address of the host.
+    /// for each address of the host, and the handshake of TLS as long again.
     ///
     /// # Errors
-    /// [`Error::Io`]; nothing is open then.
+    /// [`Error::Io`]; with TLS `Error::Handshake`, when the destination can't prove who it is, or refuses this end already. What
+    /// it thinks of this end's certificate is heard by the first that is read from the stream. Nothing is open then.
     pub fn connect(&self) -> Result<Stream> {
+        let stream = self.open()?;
+        #[cfg(feature = "tls")]
+        if let Some((client, host)) = &self.tls {
+            return TlsStream::connect(stream, client, host.clone(), &self.address);
+        }
+        Ok(stream)
+    }
+
+    fn open(&self) -> Result<Stream> {
         let fail = |cause| Error::io(format!("connect to {}", self.address), cause);
         match &self.address {
             Address::Tcp { host, port } => tcp(host, *port).map_err(fail),

@@ -76,9 +76,27 @@ pub enum Error {
         /// The most that can be.
         most: u16,
     },
+    /// A file of certificates or keys is not usable.
+    #[cfg(feature = "tls")]
+    #[error("{} {problem}", path.display())]
+    Credentials {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        problem: String,
+    },
+    /// One of the ends could not prove who it is, or speaks no TLS. No frame has gone over the connection.
+    #[cfg(feature = "tls")]
+    #[error("no TLS connection {with}: {problem}")]
+    Handshake {
+        /// From or to whom.
+        with: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// Not a stream of this format.
     #[error(
-        "not a Gleaner stream: it starts with {found:02x?}; check address and format at both ends"
+        "not a Gleaner stream: it starts with {found:02x?}; {}", advice(*found)
     )]
     Magic {
         /// The four bytes in place of the magic number.
@@ -292,6 +310,14 @@ pub enum Error {
     /// The connection brought a question instead of a migration. It has been answered.
     #[error("the connection only asked for the outcome of a migration")]
     OnlyQuery,
+}
+
+/// What to do about a stream that starts so.
+const fn advice(found: [u8; 4]) -> &'static str {
+    match found {
+        [0x16, 3, ..] => "that is TLS, use it at both ends or at neither",
+        _ => "check address and format at both ends",
+    }
 }
 
 impl Error {

@@ -72,6 +72,8 @@ mod stream;
 mod supply;
 mod switchover;
 mod there;
+#[cfg(feature = "tls")]
+mod tls;
 mod verify;
 pub mod wire;
 mod written;
@@ -97,3 +99,5 @@ pub use report::{Progress, Received, Report, Status};
 pub use sender::{Hold, OnProgress, Sender, SenderOptions};
 pub use source::{Harvested, LeaseId, LeasedPart, PageLease, Source};
 pub use stream::Stream;
+#[cfg(feature = "tls")]
+pub use tls::{TlsClient, TlsServer, TlsStream};

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use rustix::net::sockopt;
 
 use crate::patience::TICK;
 use crate::{Address, CancelToken, Error, Result, Stream, raw};
+#[cfg(feature = "tls")]
+use crate::{TlsServer, tls::Handshakes};
 
 /// Waits for connections.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub struct Listener {
     kind: Kind,
     /// Kept for its drop.
     _file: Option<Owned>,
+    #[cfg(feature = "tls")]
+    tls: Option<Handshakes>,
 }
 
 #[derive(Debug)]
@@ -77,7 +81,32 @@ impl Listener {
             Address::Fd(fd) => inherited(*fd).map_err(fail)?,
             Address::File(path) => Kind::File(path.clone()),
         };
-        Ok(Self { kind, _file: file })
+        Ok(Self {
+            kind,
+            _file: file,
+            #[cfg(feature = "tls")]
+            tls: None,
+        })
+    }
+
+    /// With TLS from now on, and never without: a connection is accepted when its handshake is done and the client's
+    /// certificate is verified.
+    ///
+    /// Handshakes go on while somebody accepts, side by side. Each may take 5 s; at most 32 are under way, so however
+    /// many clients say nothing, others wait for 5 s at most each time, and calling it off is noticed at once. One that
+    /// fails is a warning in the log, both ends' reason in it, and the listener goes on listening. A connected
+    /// descriptor has all the time that it wants, and its failure is the error.
+    ///
+    /// # Errors
+    /// [`Error::Address`] for a file, which has no other end.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, server: TlsServer) -> Result<Self> {
+        if let Kind::File(path) = &self.kind {
+            // Says why.
+            crate::TlsClient::host(&Address::File(path.clone()))?;
+        }
+        self.tls = Some(Handshakes::new(server));
+        Ok(self)
     }
 
     /// The next connection. For a file and for a connected descriptor: the same one each time.
@@ -85,6 +114,20 @@ impl Listener {
     /// # Errors
     /// [`Error::Io`]; the listener goes on listening.
     pub fn accept(&self) -> Result<Stream> {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            let never = CancelToken::new();
+            loop {
+                if let Some(stream) = tls.next(self.waiting(), &|| self.take(), &never, None)? {
+                    return Ok(stream);
+                }
+            }
+        }
+        self.take()
+    }
+
+    /// The next connection as it is.
+    fn take(&self) -> Result<Stream> {
         match &self.kind {
             Kind::Tcp(socket) => socket.accept().and_then(|(tcp, _)| Stream::tcp(tcp)),
             Kind::Unix(socket) => socket.accept().map(|(unix, _)| Stream::Unix(unix)),
@@ -105,10 +148,12 @@ impl Listener {
         cancel: &CancelToken,
         end: Option<Instant>,
     ) -> Result<Option<Stream>> {
-        let waiting = match &self.kind {
-            Kind::Tcp(socket) => socket.as_fd(),
-            Kind::Unix(socket) => socket.as_fd(),
-            Kind::Connected(_) | Kind::File(_) => return self.accept().map(Some),
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            return tls.next(self.waiting(), &|| self.take(), cancel, end);
+        }
+        let Some(waiting) = self.waiting() else {
+            return self.take().map(Some);
         };
         let tick = Timespec {
             tv_sec: 0,
@@ -122,11 +167,20 @@ impl Listener {
                         return Ok(None);
                     }
                 }
-                Ok(_) => return self.accept().map(Some),
+                Ok(_) => return self.take().map(Some),
                 Err(cause) => return Err(Error::io("await a connection", cause.into())),
             }
         }
         Err(Error::Cancelled)
+    }
+
+    /// What is ready when a connection has come, where one has to come.
+    fn waiting(&self) -> Option<BorrowedFd<'_>> {
+        match &self.kind {
+            Kind::Tcp(socket) => Some(socket.as_fd()),
+            Kind::Unix(socket) => Some(socket.as_fd()),
+            Kind::Connected(_) | Kind::File(_) => None,
+        }
     }
 
     /// The TCP address it listens on, the port chosen by the system in place of port 0. `None` unless it is TCP.

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, sockopt};
 use vm_memory::VolatileSlice;
 
+#[cfg(feature = "tls")]
+use crate::TlsStream;
 use crate::{Error, Result, raw};
 
 /// A peer that sent nothing for so long is asked whether it is still there,
@@ -23,6 +25,7 @@ const USER_TIMEOUT: u32 = 30_000;
 
 /// A connection to the other end, or a file that stands for it.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Stream {
     /// TCP. When it came from this crate: with `TCP_NODELAY`, with keepalive (after 10 s, every 5 s, 3 times), and
     /// broken after 30 s in which the peer's system took nothing (`TCP_USER_TIMEOUT`).
@@ -31,6 +34,9 @@ pub enum Stream {
     Unix(UnixStream),
     /// A file: written by the source, read by the destination, without answers.
     File(File),
+    /// One of the sockets with TLS, the handshake done. Its descriptor is good for waiting alone.
+    #[cfg(feature = "tls")]
+    Tls(TlsStream),
 }
 
 impl Stream {
@@ -49,6 +55,8 @@ impl Stream {
             Self::Tcp(s) => s.try_clone().map(Self::Tcp),
             Self::Unix(s) => s.try_clone().map(Self::Unix),
             Self::File(s) => s.try_clone().map(Self::File),
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => Ok(Self::Tls(s.clone())),
         }
         .map_err(|cause| Error::io("duplicate a stream", cause))
     }
@@ -62,18 +70,25 @@ impl Stream {
             Self::Tcp(s) => s.set_read_timeout(read).and(s.set_write_timeout(write)),
             Self::Unix(s) => s.set_read_timeout(read).and(s.set_write_timeout(write)),
             Self::File(_) => Ok(()),
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => s.set_timeouts(read, write),
         }
         .map_err(|cause| Error::io("set the timeouts of a stream", cause))
     }
 
-    /// Ends one or both directions, for every handle of the stream. Files have no directions to end; a peer that is
-    /// gone already is no error.
+    /// Ends one or both directions, for every handle of the stream; the peer hears of it (with TLS, by `close_notify`
+    /// too). Files have no directions to end; a peer that is gone already is no error.
     pub fn shutdown(&self, how: Shutdown) {
         // The only failure is ENOTCONN: what was wanted is so already.
         let _ = match self {
             Self::Tcp(s) => s.shutdown(how),
             Self::Unix(s) => s.shutdown(how),
             Self::File(_) => Ok(()),
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => {
+                s.shutdown(how);
+                Ok(())
+            }
         };
     }
 
@@ -135,14 +150,19 @@ impl Stream {
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::File(file) => io::Read::read(&mut &*file, buffer),
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => s.read(buffer),
             _ => Ok(rustix::net::recv(self, buffer, RecvFlags::empty())?.0),
         }
     }
 
-    /// `more`: the rest of a frame follows at once.
+    /// `more`: the rest of a frame follows at once. After an error that is to be tried again (see [`retry`]) what is
+    /// written next has to begin with the same bytes: with TLS some of them may be enciphered already.
     pub(crate) fn write(&self, bytes: &[u8], more: bool) -> io::Result<usize> {
         match self {
             Self::File(file) => io::Write::write(&mut &*file, bytes),
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => s.write(bytes, more),
             _ => {
                 let more = if more {
                     SendFlags::MORE
@@ -155,11 +175,19 @@ impl Stream {
     }
 
     pub(crate) fn read_pages(&self, pieces: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        raw::read_pages(self.as_fd(), pieces)
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => s.read_pages(pieces),
+            _ => raw::read_pages(self.as_fd(), pieces),
+        }
     }
 
     pub(crate) fn write_pages(&self, pieces: &[VolatileSlice<'_>]) -> io::Result<usize> {
-        raw::write_pages(self.as_fd(), !self.is_file(), pieces)
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => s.write_pages(pieces),
+            _ => raw::write_pages(self.as_fd(), !self.is_file(), pieces),
+        }
     }
 }
 
@@ -177,6 +205,8 @@ impl AsFd for Stream {
             Self::Tcp(s) => s.as_fd(),
             Self::Unix(s) => s.as_fd(),
             Self::File(s) => s.as_fd(),
+            #[cfg(feature = "tls")]
+            Self::Tls(s) => s.as_fd(),
         }
     }
 }
