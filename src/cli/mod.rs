@@ -46,7 +46,9 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = cli.log.unwrap_or_else(|| "error".into());
+    // Whom a destination turned away, its user wants to know.
+    let usual = "error,gleaner_migrate::tls=warn";
+    let filter = cli.log.unwrap_or_else(|| usual.into());
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)

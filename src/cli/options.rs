@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use gleaner_migrate::{CancelToken, MigrationId, OnTimeout, SenderOptions};
+use gleaner_migrate::{
+    Address, CancelToken, Connector, Listener, MigrationId, OnTimeout, SenderOptions,
+};
 
 use super::units;
 use crate::Tracking;
@@ -123,6 +125,38 @@ pub struct MigrationOptions {
     /// What happens when it is over.
     #[arg(long, value_enum, default_value_t = AtTimeout::Cancel)]
     pub on_timeout: AtTimeout,
+}
+
+/// How the ends of a migration know each other.
+#[derive(Clone, Debug, Args)]
+pub struct TlsOptions {
+    /// Mutual TLS, and no connection without: DIR holds ca-cert.pem, and for `send` client-cert.pem and client-key.pem, for `receive` server-cert.pem (made out to HOST of tcp:HOST:PORT, else to localhost) and server-key.pem.
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
+}
+
+impl TlsOptions {
+    /// What connects to `address` so.
+    pub fn connector(&self, address: Address) -> Result<Connector, gleaner_migrate::Error> {
+        let connector = Connector::new(address);
+        #[cfg(feature = "tls")]
+        if let Some(dir) = &self.tls {
+            return connector.tls(gleaner_migrate::TlsClient::load(dir)?);
+        }
+        Ok(connector)
+    }
+
+    /// What listens at `address` so.
+    pub fn listener(&self, address: &Address) -> Result<Listener, gleaner_migrate::Error> {
+        #[cfg(feature = "tls")]
+        if let Some(dir) = &self.tls {
+            // First, so that nobody connects to what can't serve him.
+            let server = gleaner_migrate::TlsServer::load(dir)?;
+            return Listener::bind(address)?.tls(server);
+        }
+        Listener::bind(address)
+    }
 }
 
 /// What happens when the time is over.

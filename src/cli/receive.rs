@@ -12,7 +12,7 @@ use gleaner_migrate::{
 
 use super::Failure;
 use super::guest::watch;
-use super::options::{BackendChoice, cancel_on_signal};
+use super::options::{BackendChoice, TlsOptions, cancel_on_signal};
 use super::output::Output;
 use crate::Tracking;
 use crate::service::ServiceSocket;
@@ -46,6 +46,8 @@ pub struct Receive {
     /// Serve the guest again at this socket, for a second hop.
     #[arg(long, value_name = "PATH", requires = "resume")]
     pub control: Option<PathBuf>,
+    #[command(flatten)]
+    pub tls: TlsOptions,
     /// Print one JSON object on standard output.
     #[arg(long)]
     pub json: bool,
@@ -73,7 +75,7 @@ impl Receive {
             .map(ServiceSocket::bind)
             .transpose()
             .map_err(output.failure())?;
-        let listener = Listener::bind(&self.listen).map_err(output.failure())?;
+        let listener = self.tls.listener(&self.listen).map_err(output.failure())?;
         eprintln!(
             "gleaner: listening at {}",
             listener_name(&self.listen, &listener)

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Connector, MigrationId, Report, Sender, Status, query, resolve,
+    Address, CancelToken, Error, MigrationId, Outcome, Report, Sender, Status, query, resolve,
 };
 
 use super::Failure;
-use super::options::{MigrationOptions, cancel_on_signal};
+use super::options::{MigrationOptions, TlsOptions, cancel_on_signal};
 use super::output::Output;
 use crate::service::{Attach, ServiceClient};
 
@@ -31,6 +31,8 @@ pub struct Send {
     pub to: Address,
     #[command(flatten)]
     pub migration: MigrationOptions,
+    #[command(flatten)]
+    pub tls: TlsOptions,
     /// Print one JSON object on standard output.
     #[arg(long)]
     pub json: bool,
@@ -43,17 +45,23 @@ impl Send {
         let id = MigrationId::random().map_err(output.failure())?;
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
-        let to = Connector::new(self.to);
+        let to = self.tls.connector(self.to.clone());
         let mut source = match ServiceClient::attach(&self.control, id) {
             Ok(Attach::Ready(source)) => source,
             Ok(Attach::InDoubt(source, earlier)) => {
-                return Ok(settle(output, &to, source, earlier));
+                eprintln!(
+                    "gleaner: migration {earlier} is in doubt, asking {}",
+                    self.to
+                );
+                let outcome = to.and_then(|to| query(&to, earlier, QUERY_PATIENCE));
+                return Ok(settle(output, source, earlier, outcome));
             }
-            Err(error) => {
-                let report = failed(id, &error);
-                output.result(&report, || summary(&report));
-                return Ok(exit_code(&report));
-            }
+            Err(error) => return Ok(give_up(output, id, &error)),
+        };
+        // Not before: of a guest in doubt it must not be said that it runs here.
+        let to = match to {
+            Ok(to) => to,
+            Err(error) => return Ok(give_up(output, id, &error)),
         };
         let options = self.migration.sender(id, cancel);
         let report = Sender::new(&mut source, options).run_to(&to);
@@ -62,18 +70,14 @@ impl Send {
     }
 }
 
-/// An earlier attempt is in doubt: asks its destination.
+/// An earlier attempt is in doubt, and its destination was asked.
 fn settle(
     output: Output,
-    to: &Connector,
     mut source: ServiceClient,
     earlier: MigrationId,
+    outcome: Result<Outcome, Error>,
 ) -> ExitCode {
-    eprintln!(
-        "gleaner: migration {earlier} is in doubt, asking {}",
-        to.address()
-    );
-    let answer = query(to, earlier, QUERY_PATIENCE)
+    let answer = outcome
         .map_err(|e| e.to_string())
         .and_then(|outcome| resolve(&mut source, outcome).map_err(|e| e.to_string()));
     // Whatever went wrong, the service has not let the guest go on.
@@ -104,11 +108,12 @@ fn settle(
 }
 
 /// It failed before a byte was sent.
-fn failed(id: MigrationId, error: &dyn std::error::Error) -> Report {
+fn give_up(output: Output, id: MigrationId, error: &dyn std::error::Error) -> ExitCode {
     let mut report = Report::new(id);
     report.status = Status::Failed;
     report.reason = Some(error.to_string());
-    report
+    output.result(&report, || summary(&report));
+    exit_code(&report)
 }
 
 /// What happened, for people.

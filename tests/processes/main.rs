@@ -16,4 +16,6 @@ mod kills;
 mod proxy;
 mod soak;
 mod storms;
+#[cfg(feature = "tls")]
+mod tls;
 mod verify;
