@@ -33,6 +33,15 @@ fn the_longest_list_of_extents() {
 }
 
 #[test]
+fn the_longest_list_of_packed_pages() {
+    let (metadata, _) = Kind::Packed.caps();
+    // No extents, and a codec.
+    let bytes = list(&[1, 0, 2], metadata as usize);
+    let decoded = capped(1 << 20, || Message::decode(Kind::Packed, &bytes));
+    assert!(decoded.is_err());
+}
+
+#[test]
 fn the_longest_response() {
     // Layout: generation; then blocks, or no blocks and slots.
     for start in [&[2, 1][..], &[2, 1, 0]] {

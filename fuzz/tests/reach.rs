@@ -23,6 +23,11 @@ fn whole_streams_complete_and_failing_calls_end_them() {
         let received = received(name);
         assert_eq!(received.status, Status::Completed, "{name}: {received:?}");
     }
+    for name in ["packed-lz4", "packed-zstd"] {
+        let received = received(name);
+        assert_eq!(received.status, Status::Completed, "{name}: {received:?}");
+        assert_eq!(received.pages, 5, "{name}");
+    }
     let whole = received("completes");
     assert_eq!((whole.pages, whole.zero_pages, whole.layouts), (6, 4, 3));
     for call in migration_stream::CALLS {
@@ -66,6 +71,18 @@ fn spoilt_streams_are_refused_for_what_is_wrong_with_them() {
         refused("more-than-there-is"),
         Error::Destination { .. }
     ));
+    assert!(matches!(
+        refused("packed-no-base"),
+        Error::NoBase { page: 5, .. }
+    ));
+    for name in [
+        "packed-past-its-page",
+        "packed-other-codec",
+        "packed-ends-early",
+        "packed-too-few",
+    ] {
+        assert!(matches!(refused(name), Error::Packed { .. }), "{name}");
+    }
     // The second extent wins, and the stream goes on.
     assert_eq!(received("twice-the-same-page").pages, 4);
 }

@@ -1,11 +1,14 @@
 //! Pages gathered for the next frames of a connection.
 
+use std::ops::AddAssign;
+
 use gleaner_bitmap::{Extent, Generation, PAGE_SIZE};
 use vm_memory::VolatileSlice;
 
 use crate::link::Link;
+use crate::pack::{Form, MOST_PAGES, Packer};
 use crate::there::There;
-use crate::wire::{Extents, MAX_EXTENTS, Message, Payload};
+use crate::wire::{Extents, MAX_EXTENTS, Message, PackedBody, Payload};
 use crate::{Channel, Result};
 
 /// What a connection has sent.
@@ -15,12 +18,23 @@ pub(crate) struct Tally {
     pub(crate) pages: u64,
     /// Pages of zeros, those that the destination needn't be told of included.
     pub(crate) zeros: u64,
+    /// Bytes of page contents that packing has left out.
+    pub(crate) saved: u64,
 }
 
-/// Nothing is copied: pieces point into guest memory.
+impl AddAssign for Tally {
+    fn add_assign(&mut self, more: Self) {
+        self.pages += more.pages;
+        self.zeros += more.zeros;
+        self.saved += more.saved;
+    }
+}
+
+/// Nothing is copied unless it is packed: pieces point into guest memory.
 pub(crate) struct Batch<'m> {
     generation: Generation,
     there: &'m There,
+    packer: Option<&'m mut Packer>,
     /// Most pages in a frame.
     most: u64,
     extents: Vec<Extent>,
@@ -31,11 +45,18 @@ pub(crate) struct Batch<'m> {
 }
 
 impl<'m> Batch<'m> {
-    pub(crate) fn new(generation: Generation, there: &'m There, frame_bytes: u64) -> Self {
+    pub(crate) fn new(
+        generation: Generation,
+        there: &'m There,
+        packer: Option<&'m mut Packer>,
+        frame_bytes: u64,
+    ) -> Self {
+        let most = packer.as_ref().map_or(u64::MAX, |_| MOST_PAGES);
         Self {
             generation,
             there,
-            most: (frame_bytes / PAGE_SIZE).max(1),
+            packer,
+            most: (frame_bytes / PAGE_SIZE).clamp(1, most),
             extents: Vec::new(),
             pieces: Vec::new(),
             count: 0,
@@ -83,12 +104,32 @@ impl<'m> Batch<'m> {
             return Ok(());
         }
         self.there.contents(&self.extents);
-        let message = Message::Pages(Extents {
+        let pages = Extents {
             generation: self.generation,
             extents: std::mem::take(&mut self.extents),
-        });
-        link.send(&message, &Payload::Pages(&self.pieces))?;
+        };
+        let form = match &mut self.packer {
+            Some(packer) => packer.pack(&self.pieces)?,
+            None => Form::Memory,
+        };
+        let (message, payload) = match form {
+            Form::Memory => (Message::Pages(pages), Payload::Pages(&self.pieces)),
+            Form::Packed {
+                codec,
+                encodings,
+                payload,
+            } => {
+                let packed = PackedBody {
+                    pages,
+                    codec,
+                    encodings,
+                };
+                (Message::Packed(packed), Payload::Bytes(payload))
+            }
+        };
+        link.send(&message, &payload)?;
         self.tally.pages += self.count;
+        self.tally.saved += (self.count * PAGE_SIZE).saturating_sub(payload.bytes());
         self.pieces.clear();
         self.count = 0;
         Ok(())

@@ -7,29 +7,29 @@ use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PageRange};
 use vm_memory::VolatileSlice;
 
 use crate::memory::PAGE;
-use crate::wire::{Adopted, Extents, LayoutBody};
+use crate::pack::delta;
+use crate::wire::{Adopted, Encoding, Extents, LayoutBody, PackedBody};
 use crate::written::Written;
 use crate::{Destination, Error, Memory, NewMemory, Result, digest};
 
 struct Block {
     info: BlockInfo,
     memory: Memory,
-    /// Where contents were written to, if the block held nothing but zeros before.
-    written: Option<Mutex<Written>>,
+    /// The block held nothing but zeros when it was made.
+    zero: bool,
+    /// Where contents were written to since, and not zeros after that.
+    written: Mutex<Written>,
 }
 
 impl Block {
-    fn written(&self) -> Option<MutexGuard<'_, Written>> {
-        let written = self.written.as_ref()?;
-        Some(written.lock().unwrap_or_else(PoisonError::into_inner))
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Pages of a range that may hold anything but zeros. They will be made zero.
     fn not_zero(&self, range: PageRange) -> Vec<PageRange> {
-        match self.written() {
-            Some(mut written) => written.take(range),
-            None => vec![range],
-        }
+        let runs = self.written().take(range);
+        if self.zero { runs } else { vec![range] }
     }
 }
 
@@ -101,7 +101,8 @@ impl Blocks {
                 Block {
                     info,
                     memory,
-                    written: is_zero.then(Mutex::default),
+                    zero: is_zero,
+                    written: Mutex::default(),
                 },
             );
         }
@@ -186,9 +187,7 @@ impl Blocks {
         for extent in &extents.extents {
             let block = self.block(extent)?;
             // Before the write: a fill that fails half way has written too.
-            if let Some(mut written) = block.written() {
-                written.set(extent.range);
-            }
+            block.written().set(extent.range);
             pieces.push(block.memory.slice(extent.range)?);
         }
         fill(&pieces)
@@ -209,6 +208,40 @@ impl Blocks {
                     page,
                 })
             })?;
+        }
+        Ok(())
+    }
+
+    /// Writes the contents that `packed` describes to pages that [`Blocks::check`] has passed, of which there is one for
+    /// each of its encodings.
+    pub(crate) fn unpack(&self, packed: &PackedBody, mut contents: &[u8]) -> Result<()> {
+        let mut encodings = packed.encodings.iter();
+        let mut page = [0; PAGE];
+        for extent in &packed.pages.extents {
+            let block = self.block(extent)?;
+            for (number, encoding) in (extent.range.first..extent.range.end()).zip(&mut encodings) {
+                let range = PageRange::new(number, 1);
+                let memory = block.memory.slice(range)?;
+                let (bytes, rest) = contents
+                    .split_at_checked(encoding.bytes())
+                    .unwrap_or_default();
+                contents = rest;
+                if *encoding == Encoding::Whole {
+                    block.written().set(range);
+                    memory.copy_from(bytes);
+                    continue;
+                }
+                // Otherwise it would change what somebody else has left there.
+                if !block.written().contains(number) {
+                    return Err(Error::NoBase {
+                        block: extent.block,
+                        page: number,
+                    });
+                }
+                memory.copy_to(&mut page);
+                delta::apply(bytes, &mut page)?;
+                memory.copy_from(&page);
+            }
         }
         Ok(())
     }

@@ -188,6 +188,30 @@ pub enum Error {
         /// Bytes according to the header.
         carried: u64,
     },
+    /// A packed frame whose payload is not what it should be.
+    #[error("a Packed frame can't be unpacked: {problem}")]
+    Packed {
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// What changed of a page came, but not the page.
+    #[error(
+        "what has changed of page {page} of block {block} came, but the page itself has not come in this migration"
+    )]
+    NoBase {
+        /// The block.
+        block: BlockId,
+        /// The page.
+        page: u64,
+    },
+    /// A codec that this build doesn't have.
+    #[error(
+        "this build can't compress and has no {codec}: build it with its feature \"compress\", or migrate without"
+    )]
+    LeftOut {
+        /// The codec.
+        codec: &'static str,
+    },
     /// A block is not what it was.
     #[error(
         "block {block} (\"{name}\") has {found} pages now and had {expected}: a block never changes"

@@ -6,6 +6,7 @@ use std::thread::Scope;
 use std::time::Duration;
 
 use crate::landing::Landing;
+use crate::pack::Unpacker;
 use crate::receiver::{GREETING, StreamPeer};
 use crate::wire::{Join, MAX_CHANNELS, Message, VERSION};
 use crate::{
@@ -165,9 +166,12 @@ fn greet<'scope>(
 
 /// The frames of a connection that has joined.
 fn carry(peer: &mut StreamPeer<'_>, joint: &Joint) -> Result<()> {
+    let mut unpacker = Unpacker::default();
     loop {
         // The first connection keeps the time: it hears from the source in every round.
         let (header, message) = peer.inlet.receive("awaiting pages", &|_| joint.open())?;
-        joint.landing.frame(&header, &message, peer)?;
+        joint
+            .landing
+            .frame(&header, &message, peer, &mut unpacker)?;
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use gleaner_bitmap::{Generation, PAGE_SIZE};
 
 use crate::blocks::Blocks;
+use crate::pack::Unpacker;
 use crate::reception::answer;
 use crate::wire::{Adopted, Header, LayoutBody, Message};
 use crate::{Destination, Error, Peer, Result, digest};
@@ -38,12 +39,13 @@ impl Landing {
         self.blocks.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a frame that any connection may carry.
+    /// Takes a frame that any connection may carry; `unpacker` is that connection's own.
     pub(crate) fn frame(
         &self,
         header: &Header,
         message: &Message,
         peer: &mut dyn Peer,
+        unpacker: &mut Unpacker,
     ) -> Result<()> {
         let guard = self.read();
         let (door, blocks) = &*guard;
@@ -55,6 +57,18 @@ impl Landing {
                 let pages = blocks.check(extents)?;
                 check_payload(header, pages.saturating_mul(PAGE_SIZE))?;
                 blocks.write(extents, |pieces| peer.pages(pieces))?;
+                self.pages.fetch_add(pages, Ordering::Relaxed);
+            }
+            Message::Packed(packed) => {
+                let pages = blocks.check(&packed.pages)?;
+                if pages != packed.encodings.len() as u64 {
+                    return Err(Error::Packed {
+                        problem: "it has not one encoding for each of its pages",
+                    });
+                }
+                unpacker.prepare(packed)?;
+                let payload = peer.bytes(header.payload)?;
+                blocks.unpack(packed, unpacker.contents(packed, &payload)?)?;
                 self.pages.fetch_add(pages, Ordering::Relaxed);
             }
             Message::Zeros(extents) => {

@@ -8,6 +8,7 @@ use gleaner_bitmap::{Extent, Generation, PageRange};
 use crate::batch::{Batch, Tally};
 use crate::job::Job;
 use crate::link::Link;
+use crate::pack::Packer;
 use crate::scan::{self, bytes};
 use crate::sender::unexpected;
 use crate::there::There;
@@ -34,15 +35,17 @@ pub(crate) struct Lane<C: Channel + ?Sized> {
     pub(crate) tally: Tally,
     /// Seconds from the last question to its answer.
     pub(crate) round_trip: f64,
+    packer: Option<Box<Packer>>,
     pub(crate) link: Link<C>,
 }
 
 impl<C: Channel> Lane<C> {
-    pub(crate) const fn new(link: Link<C>) -> Self {
+    pub(crate) fn new(link: Link<C>, packer: Option<Box<Packer>>) -> Self {
         Self {
             in_flight: VecDeque::new(),
-            tally: Tally { pages: 0, zeros: 0 },
+            tally: Tally::default(),
             round_trip: 0.0,
+            packer,
             link,
         }
     }
@@ -56,10 +59,10 @@ impl<C: Channel + ?Sized> Lane<C> {
 
     /// Sends the pages of a job, under the layout of `generation`.
     pub(crate) fn send(&mut self, job: &Job, generation: Generation, there: &There) -> Result<()> {
-        let mut batch = Batch::new(generation, there, self.link.limits.frame_bytes());
-        let sent = self.send_parts(job, &mut batch);
-        self.tally.pages += batch.tally.pages;
-        self.tally.zeros += batch.tally.zeros;
+        let most = self.link.limits.frame_bytes();
+        let mut batch = Batch::new(generation, there, self.packer.as_deref_mut(), most);
+        let sent = send_parts(&mut self.link, job, &mut batch);
+        self.tally += batch.tally;
         sent?;
         let sync = self.link.send(&Message::Sync, &Payload::None)?;
         self.in_flight.push_back(InFlight {
@@ -68,35 +71,6 @@ impl<C: Channel + ?Sized> Lane<C> {
             since: self.link.limits.clock.now(),
         });
         Ok(())
-    }
-
-    fn send_parts<'m>(&mut self, job: &'m Job, batch: &mut Batch<'m>) -> Result<()> {
-        for part in &job.parts {
-            let block = part.extent().block;
-            let memory = part.slice()?;
-            let whole = part.extent().range;
-            scan::runs(part, &memory, |mut run, zero| {
-                if zero {
-                    return batch.zeros(&mut self.link, Extent { block, range: run });
-                }
-                while run.pages > 0 {
-                    let take = run.pages.min(batch.room(&mut self.link)?);
-                    let range = PageRange::new(run.first, take);
-                    let offset = bytes(range.first - whole.first)?;
-                    let piece =
-                        memory
-                            .subslice(offset, bytes(take)?)
-                            .map_err(|e| Error::Memory {
-                                what: "of a lease can't be reached",
-                                detail: e.to_string(),
-                            })?;
-                    batch.pages(Extent { block, range }, piece);
-                    run = PageRange::new(run.first + take, run.pages - take);
-                }
-                Ok(())
-            })?;
-        }
-        batch.flush(&mut self.link)
     }
 
     /// Waits until the earliest job under way has been applied; its lease. `None` when nothing is under way.
@@ -131,4 +105,36 @@ impl<C: Channel + ?Sized> Lane<C> {
             other => Err(unexpected(&other, "pages were to be applied")),
         }
     }
+}
+
+fn send_parts<'m, C: Channel + ?Sized>(
+    link: &mut Link<C>,
+    job: &'m Job,
+    batch: &mut Batch<'m>,
+) -> Result<()> {
+    for part in &job.parts {
+        let block = part.extent().block;
+        let memory = part.slice()?;
+        let whole = part.extent().range;
+        scan::runs(part, &memory, |mut run, zero| {
+            if zero {
+                return batch.zeros(link, Extent { block, range: run });
+            }
+            while run.pages > 0 {
+                let take = run.pages.min(batch.room(link)?);
+                let range = PageRange::new(run.first, take);
+                let offset = bytes(range.first - whole.first)?;
+                let piece = memory
+                    .subslice(offset, bytes(take)?)
+                    .map_err(|e| Error::Memory {
+                        what: "of a lease can't be reached",
+                        detail: e.to_string(),
+                    })?;
+                batch.pages(Extent { block, range }, piece);
+                run = PageRange::new(run.first + take, run.pages - take);
+            }
+            Ok(())
+        })?;
+    }
+    batch.flush(link)
 }

@@ -50,8 +50,7 @@ impl<'a> Lanes<'a> {
     pub(crate) fn sent(&mut self) -> (Tally, u64) {
         let (mut all, mut bytes) = (Tally::default(), 0);
         self.each(|lane| {
-            all.pages += lane.tally.pages;
-            all.zeros += lane.tally.zeros;
+            all += lane.tally;
             bytes += lane.link.bytes();
         });
         (all, bytes)

@@ -266,7 +266,7 @@ impl Peer for Delivery<'_, '_> {
         if self.payload.fill(VolatileSlice::from(&mut bytes[..])) {
             Ok(bytes)
         } else {
-            Err(self.line.lost("reading the state"))
+            Err(self.line.lost("reading a payload"))
         }
     }
 

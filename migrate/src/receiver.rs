@@ -201,7 +201,7 @@ impl Peer for StreamPeer<'_> {
     fn bytes(&mut self, length: u32) -> Result<Vec<u8>> {
         self.inlet.bytes(
             length,
-            &patience(self.options, "receiving the state", self.options.io_timeout),
+            &patience(self.options, "receiving a payload", self.options.io_timeout),
         )
     }
 

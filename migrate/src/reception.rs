@@ -1,7 +1,7 @@
 //! The destination's end of a migration, without I/O: frames go in, answers come out.
 //!
 //! ```text
-//!            Hello           Layout, Pages, Zeros, Digests, Sync (a row of them)
+//!            Hello           Layout, Pages, Packed, Zeros, Digests, Sync (a row of them)
 //! Greeting --------> Receiving --+
 //!    |                 |    ^    |
 //!    | Query           |    +----+
@@ -27,6 +27,7 @@ use gleaner_bitmap::PAGE_SIZE;
 use vm_memory::VolatileSlice;
 
 use crate::landing::Landing;
+use crate::pack::Unpacker;
 use crate::report::Received;
 use crate::wire::{Header, Hello, Kind, Message, StateBody, VERSION};
 use crate::{Destination, Error, MigrationId, Outcome, ReceiverOptions, Result};
@@ -82,6 +83,7 @@ impl Phase {
                 kind,
                 Kind::Layout
                     | Kind::Pages
+                    | Kind::Packed
                     | Kind::Zeros
                     | Kind::Digests
                     | Kind::Sync
@@ -107,6 +109,7 @@ pub struct Reception<'a> {
     report: Received,
     phase: Phase,
     landing: Arc<Landing>,
+    unpacker: Unpacker,
     /// Most connections that the driver can open.
     most_channels: u16,
     /// Set once the id is this session's to decide on.
@@ -124,6 +127,7 @@ impl<'a> Reception<'a> {
             report: Received::nothing(),
             phase: Phase::Greeting,
             landing: Arc::default(),
+            unpacker: Unpacker::default(),
             most_channels: 1,
             id: None,
         }
@@ -190,8 +194,13 @@ impl<'a> Reception<'a> {
                 self.report.layouts += 1;
                 answer(peer, &Message::Adopted(adopted))?;
             }
-            Message::Pages(_) | Message::Zeros(_) | Message::Digests(_) | Message::Sync => {
-                self.landing.frame(header, &message, peer)?;
+            Message::Pages(_)
+            | Message::Packed(_)
+            | Message::Zeros(_)
+            | Message::Digests(_)
+            | Message::Sync => {
+                self.landing
+                    .frame(header, &message, peer, &mut self.unpacker)?;
             }
             Message::State(described) => self.build(header, described, peer)?,
             Message::Go => {

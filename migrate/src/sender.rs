@@ -28,13 +28,14 @@ use crate::channel::StreamChannel;
 use crate::lane::Lane;
 use crate::lanes::Lanes;
 use crate::link::{Failure, Limits, Link, Pace};
+use crate::pack::Packer;
 use crate::policy::{Goal, History, OnTimeout, Verdict};
 use crate::supply::Supply;
 use crate::there::There;
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
-    Address, CancelToken, Channel, Clock, Connector, Error, MigrationId, Progress, Report, Result,
-    Source, Status, Stream,
+    Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, Progress,
+    Report, Result, Source, Status, Stream,
 };
 
 /// Asked before each switchover: not before it returns true.
@@ -59,6 +60,9 @@ pub struct SenderOptions {
     /// All pages are compared before the guest may run at the destination: a difference fails the migration. The time
     /// that it takes comes on top of the downtime that is forecast. No.
     pub verify: bool,
+    /// What page contents are compressed with, each connection by itself, where they shrink. Nothing. With anything else,
+    /// pages that are sent again travel as what has changed of them where that is less.
+    pub compress: Compress,
     /// The most bytes a second, all connections together. No limit.
     pub bandwidth_limit: Option<u64>,
     /// How long the destination may be silent when it is its turn. 30 s.
@@ -85,6 +89,7 @@ impl SenderOptions {
             on_timeout: OnTimeout::default(),
             channels: 1,
             verify: false,
+            compress: Compress::None,
             bandwidth_limit: None,
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
@@ -156,18 +161,23 @@ impl<'a> Sender<'a> {
             return self.failed(Error::Unverifiable);
         }
         let limits = self.limits();
-        let lanes = Lanes::One(Lane::new(Link::new(channel, limits)));
+        let packer = match Packer::new(self.options.compress) {
+            Ok(packer) => packer,
+            Err(error) => return self.failed(error),
+        };
+        let lanes = Lanes::One(Lane::new(Link::new(channel, limits), packer));
         let mut session = Session::new(self.source, self.options, lanes);
         let ended = session.greet(1).and_then(|()| session.migrate());
         session.finish(ended)
     }
 
     fn run_on_many(self, first: Stream, to: &Connector) -> Report {
-        let channels = self.options.channels;
+        let (channels, compress) = (self.options.channels, self.options.compress);
         let limits = self.limits();
         let lane = |stream| {
+            let packer = Packer::new(compress)?;
             let channel = StreamChannel::open(stream)?;
-            Ok(Lane::new(Link::new(channel, Arc::clone(&limits))))
+            Ok(Lane::new(Link::new(channel, Arc::clone(&limits)), packer))
         };
         let first = match lane(first) {
             Ok(first) => first,
@@ -349,6 +359,7 @@ impl<'a> Session<'a> {
         self.report.pages_sent = sent.pages;
         self.report.zero_pages = sent.zeros;
         self.report.bytes_on_wire = bytes;
+        self.report.bytes_saved = sent.saved;
     }
 
     /// Adds a round to the report.

@@ -23,6 +23,12 @@ impl Written {
         }
     }
 
+    /// Whether contents were written to a page.
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        let chunk = self.0.get(&(page / CHUNK));
+        chunk.is_some_and(|bits| bits.get(page % CHUNK))
+    }
+
     /// Takes the runs of written pages out of a range.
     pub(crate) fn take(&mut self, range: PageRange) -> Vec<PageRange> {
         let mut runs = Vec::new();
@@ -62,11 +68,20 @@ mod tests {
         written.set(PageRange::new(CHUNK - 2, 4));
         written.set(PageRange::new(5 * CHUNK, 1));
         let all = PageRange::new(1, u64::MAX - 1);
+        for (page, there) in [
+            (CHUNK - 3, false),
+            (CHUNK - 2, true),
+            (CHUNK + 1, true),
+            (7 * CHUNK, false),
+        ] {
+            assert_eq!(written.contains(page), there, "{page}");
+        }
         let taken = written.take(PageRange::new(CHUNK - 1, 2));
         assert_eq!(
             taken,
             [PageRange::new(CHUNK - 1, 1), PageRange::new(CHUNK, 1)]
         );
+        assert!(!written.contains(CHUNK) && written.contains(CHUNK - 2));
         let rest: u64 = written.take(all).iter().map(|run| run.pages).sum();
         assert_eq!(rest, 3);
         assert!(written.take(all).is_empty());

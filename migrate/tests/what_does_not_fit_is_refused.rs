@@ -204,6 +204,101 @@ fn frames_that_make_no_sense() {
     ));
 }
 
+fn packed(list: &[(u64, u64, u64)], codec: Compress, encodings: &[Encoding]) -> Message {
+    Message::Packed(PackedBody {
+        pages: extents(list),
+        codec,
+        encodings: encodings.to_vec(),
+    })
+}
+
+#[test]
+fn packed_pages_that_are_none() {
+    use Encoding::{Delta, Whole};
+    let page = &[1u8; 4096][..];
+    let after = |frames: &[(Message, &[u8])]| {
+        let mut all = vec![(hello(), &[][..]), (layout(1, 10), &[][..])];
+        all.extend_from_slice(frames);
+        refused(&all)
+    };
+    let one = |list: &[_], encodings: &[_], payload| {
+        after(&[(packed(list, Compress::None, encodings), payload)])
+    };
+    assert!(matches!(
+        one(&[(4, 0, 1)], &[Whole], page),
+        Error::UnknownBlock { block: BlockId(4) }
+    ));
+    for bad in [(3, 10, 1), (3, u64::MAX, 2), (3, 0, u64::MAX), (3, 0, 0)] {
+        let error = one(&[bad], &[Whole], page);
+        assert!(matches!(error, Error::OutsideBlock { .. }), "{bad:?}");
+    }
+    for encodings in [&[][..], &[Whole, Whole]] {
+        let error = one(&[(3, 0, 1)], encodings, page);
+        assert!(matches!(error, Error::Packed { .. }), "{encodings:?}");
+    }
+    for payload in [&page[1..], &[], &[1; 4097]] {
+        let error = one(&[(3, 0, 1)], &[Whole], payload);
+        let expected = payload.len() as u64;
+        assert!(
+            matches!(error, Error::PayloadLength { carried, .. } if carried == expected),
+            "{error}"
+        );
+    }
+    // A delta of what has not come, of what came to another page, and of what has become zeros since.
+    let whole = packed(&[(3, 4, 1)], Compress::None, &[Whole]);
+    let delta = |page| packed(&[(3, page, 1)], Compress::None, &[Delta(3)]);
+    let pages = Message::Pages(extents(&[(3, 4, 1)]));
+    let zeros = Message::Zeros(extents(&[(3, 0, 10)]));
+    let change = &[0u8, 1, 9][..];
+    let base = |error: Error| matches!(error, Error::NoBase { .. });
+    assert!(base(after(&[(delta(4), change)])));
+    for first in [whole, pages] {
+        assert!(base(after(&[(first.clone(), page), (delta(5), change)])));
+        assert!(base(after(&[
+            (first.clone(), page),
+            (zeros.clone(), &[]),
+            (delta(4), change)
+        ])));
+        // Taken where it has come; what ends this is the end of the stream.
+        let closed = after(&[(first, page), (delta(4), change)]);
+        assert!(matches!(closed, Error::Closed { .. }), "{closed}");
+    }
+}
+
+#[test]
+fn packed_pages_over_their_caps() {
+    let many = vec![Encoding::Delta(0); MAX_PACKED_PAGES + 1];
+    for body in [
+        packed(&[(3, 0, 257)], Compress::None, &many),
+        packed(&vec![(3, 0, 1); 257], Compress::None, &[]),
+        packed(&[(3, 0, 1)], Compress::None, &[Encoding::Delta(2049)]),
+    ] {
+        assert!(matches!(body.encode(), Err(Error::TooLong { .. })));
+    }
+    let (_, cap) = Kind::Packed.caps();
+    assert_eq!(u64::from(cap), MAX_PACKED_PAGES as u64 * 4096);
+}
+
+/// Whoever embeds this without a C compiler says so to the source's user.
+#[cfg(not(feature = "compress"))]
+#[test]
+fn packed_pages_where_nothing_unpacks_them() {
+    for codec in [Compress::Lz4, Compress::Zstd] {
+        let frame = packed(&[(3, 0, 1)], codec, &[Encoding::Whole]);
+        let error = refused(&[(hello(), &[]), (layout(1, 10), &[]), (frame, &[1; 99])]);
+        assert!(matches!(error, Error::LeftOut { .. }));
+        assert!(error.to_string().contains("\"compress\""), "{error}");
+        let source = ToySource::new(12);
+        let options = SenderOptions {
+            compress: codec,
+            ..options()
+        };
+        let report = Sender::new(&mut source.clone(), options).run(pair().0);
+        assert!(matches!(report.error, Some(Error::LeftOut { .. })));
+        assert!(source.guest().running);
+    }
+}
+
 #[test]
 fn another_version_or_page_size() {
     let Message::Hello(good) = hello() else {

@@ -44,7 +44,8 @@ pub fn filler(sequence: u64, length: usize) -> Vec<u8> {
 /// The stream that `bytes` are a sketch of. Each frame in it is a header and metadata, without payload; the next magic
 /// number ends it. Kind, metadata and the payload's length stay as they are; version, flags, sequence, the length of the
 /// metadata and the checksum become right, and the payload is made up. So a search for inputs is not stopped by a checksum,
-/// nor has it to carry pages, whose contents nobody looks at.
+/// nor has it to carry pages, whose contents nobody looks at. The payload of a Packed frame, which is looked at, is what
+/// follows the metadata, whose length stays as it is.
 #[must_use]
 pub fn repaired(bytes: &[u8]) -> Vec<u8> {
     let magic = b"GLNR";
@@ -59,8 +60,19 @@ pub fn repaired(bytes: &[u8]) -> Vec<u8> {
         piece.resize(piece.len().max(HEADER_LEN), 0);
         let (head, metadata) = piece.split_at(HEADER_LEN);
         let kind = Kind::ALL.iter().find(|kind| **kind as u8 == head[6]);
-        let payload = u32::from_le_bytes([head[20], head[21], head[22], head[23]]);
-        let encoded = kind.map(|kind| Header::encode(*kind, sequence, metadata, payload.into()));
+        let [length, payload] = [16, 20].map(|at| {
+            let bytes = [head[at], head[at + 1], head[at + 2], head[at + 3]];
+            u32::from_le_bytes(bytes) as usize
+        });
+        let (metadata, packed) = match kind {
+            Some(Kind::Packed) => metadata.split_at(length.min(metadata.len())),
+            _ => (metadata, &[][..]),
+        };
+        let payload = match kind {
+            Some(Kind::Packed) => packed.len(),
+            _ => payload,
+        };
+        let encoded = kind.map(|kind| Header::encode(*kind, sequence, metadata, payload as u64));
         let Some(Ok(head)) = encoded else {
             // It can't be right: unknown kind, or over a cap.
             stream.extend(&piece);
@@ -68,7 +80,8 @@ pub fn repaired(bytes: &[u8]) -> Vec<u8> {
         };
         stream.extend(head);
         stream.extend(metadata);
-        let given = room.min(payload as usize);
+        stream.extend(packed);
+        let given = room.min(payload - packed.len());
         stream.extend(filler(sequence, given));
         room -= given;
     }

@@ -5,6 +5,7 @@
 
 mod frames;
 mod layout;
+mod packed;
 mod place;
 
 use std::fs::File;
@@ -31,8 +32,9 @@ pub const FAILING_SHIFT: u32 = 2;
 /// What decoding a short frame may allocate: a text's length is believed up to what metadata may have, and a list's up to
 /// 1 MiB, of which a layout has two.
 const DECODE_CAP: usize = MAX_METADATA as usize + (2 << 20) + 16 * MAX_INPUT;
-/// What a session may allocate beyond that: the state comes in steps of 1 MiB, what is left unread in 256 KiB.
-const SESSION_CAP: usize = DECODE_CAP + (2 << 20);
+/// What a session may allocate beyond that: payloads that are no pages come in steps of 1 MiB, what is left unread in
+/// 256 KiB, and packed pages come to up to 1 MiB.
+const SESSION_CAP: usize = DECODE_CAP + (3 << 20);
 
 /// Whatever the bytes: typed refusals or a guest that runs with the memory that the stream says, never both, and answers
 /// that are whole frames.

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Layout, PageRange};
-use gleaner_migrate::wire::Message;
+use gleaner_migrate::wire::{Encoding, Message};
 use gleaner_migrate::{Destination, Error, MappedMemory, NewMemory, PageMemory, Result};
 
-use super::Frame;
+use super::{Frame, packed};
 
 /// The calls that can fail.
 pub const CALLS: [&str; 5] = ["add_block", "remove_block", "layout", "ready", "run"];
@@ -52,7 +52,7 @@ impl Place {
     /// # Panics
     /// When they differ.
     pub fn compare(&self, frames: &[Frame<'_>]) {
-        let mut contents: BTreeMap<(BlockId, u64), &[u8]> = BTreeMap::new();
+        let mut contents: BTreeMap<(BlockId, u64), Vec<u8>> = BTreeMap::new();
         for frame in frames {
             match &frame.message {
                 Message::Layout(layout) => {
@@ -61,7 +61,21 @@ impl Place {
                 }
                 Message::Pages(extents) => {
                     let pages = pages(&extents.extents);
-                    contents.extend(pages.zip(frame.payload.chunks(PAGE)));
+                    contents.extend(pages.zip(frame.payload.chunks(PAGE).map(<[u8]>::to_vec)));
+                }
+                Message::Packed(packed) => {
+                    let all = packed::expanded(packed, frame.payload);
+                    let mut rest = &all[..];
+                    for (page, encoding) in pages(&packed.pages.extents).zip(&packed.encodings) {
+                        let (bytes, behind) = rest.split_at(encoding.bytes());
+                        rest = behind;
+                        if *encoding == Encoding::Whole {
+                            contents.insert(page, bytes.to_vec());
+                        } else {
+                            let held = contents.get_mut(&page).expect("a page that came before");
+                            packed::change(held, bytes);
+                        }
+                    }
                 }
                 Message::Zeros(extents) => pages(&extents.extents).for_each(|page| {
                     contents.remove(&page);
@@ -75,9 +89,9 @@ impl Place {
                 let mut found = [0u8; PAGE];
                 let slice = memory.slice(PageRange::new(page, 1)).expect("its page");
                 slice.copy_to(&mut found[..]);
-                let expected = contents.get(&(*id, page)).copied();
+                let expected = contents.get(&(*id, page));
                 assert!(
-                    found == expected.unwrap_or(&[0; PAGE]),
+                    found[..] == *expected.map_or(&[0; PAGE][..], Vec::as_slice),
                     "page {page} of {id} differs"
                 );
             }

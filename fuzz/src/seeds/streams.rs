@@ -2,9 +2,10 @@
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PAGE_SIZE, PageRange, Slot};
 use gleaner_migrate::wire::{
-    Extents, Header, Hello, LayoutBody, MAX_PAYLOAD, Message, StateBody, VERSION,
+    Encoding, Extents, Header, Hello, LayoutBody, MAX_PAYLOAD, Message, PackedBody, StateBody,
+    VERSION,
 };
-use gleaner_migrate::{MigrationId, Outcome};
+use gleaner_migrate::{Compress, MigrationId, Outcome};
 
 use super::Seed;
 use crate::migration_stream::{BY_FILE, CALLS, FAILING_SHIFT, REPAIRED, filler};
@@ -141,6 +142,76 @@ fn then(frames: &[(Message, u64)]) -> Vec<u8> {
     sketched(0, &sketch)
 }
 
+/// A frame of packed pages and its payload.
+fn packed(
+    list: &[(u64, u64, u64)],
+    codec: Compress,
+    encodings: &[Encoding],
+    payload: &[u8],
+) -> Vec<u8> {
+    let message = Message::Packed(PackedBody {
+        pages: extents(1, list),
+        codec,
+        encodings: encodings.to_vec(),
+    });
+    let metadata = message.encode().expect("metadata");
+    let length = payload.len() as u64;
+    let header = Header::encode(message.kind(), 0, &metadata, length).expect("a header");
+    [&header[..], &metadata, payload].concat()
+}
+
+/// A guest of ten pages, whose memory comes in `frames`.
+fn unpacks(frames: &[Vec<u8>]) -> Vec<u8> {
+    let mut bytes = then(&[]);
+    frames.iter().for_each(|frame| bytes.extend(frame));
+    let sequence = 2 + frames.len() as u64;
+    let end = vec![state(1, sequence), (Message::Go, 0)];
+    bytes.extend(&sketched(0, &end)[1..]);
+    bytes
+}
+
+/// Packed pages, good ones and others.
+fn packed_pages() -> Vec<Seed> {
+    use Encoding::{Delta, Whole};
+    let text = b"four pages in one ".repeat(1000);
+    let contents = &text[..4 * 4096];
+    let lz4 = lz4_flex::block::compress(contents);
+    let zstd = zstd::bulk::compress(contents, 1).expect("compressed");
+    let whole = |codec, payload| packed(&[(3, 0, 3), (3, 9, 1)], codec, &[Whole; 4], payload);
+    // Of page 2: byte 5, and bytes 205 and 206.
+    let delta = [5, 1, b'!', 0x80 | 71, 1, 2, b'?', b'?'];
+    let changes = |page, delta: &[u8]| {
+        let length = Delta(u16::try_from(delta.len()).expect("short"));
+        packed(&[(3, page, 1)], Compress::None, &[length], delta)
+    };
+    let again = |codec, payload| [whole(codec, payload), changes(2, &delta)];
+    let mut many = zstd::bulk::compress(&vec![0; 1 << 20], 1).expect("compressed");
+    many.truncate(many.len() / 2);
+    let of = |frames: &[Vec<u8>]| unpacks(frames);
+    let seeds = [
+        ("packed-lz4", of(&again(Compress::Lz4, &lz4))),
+        ("packed-zstd", of(&again(Compress::Zstd, &zstd))),
+        (
+            "packed-no-base",
+            of(&[whole(Compress::Lz4, &lz4), changes(5, &delta)]),
+        ),
+        (
+            "packed-past-its-page",
+            of(&[
+                whole(Compress::Lz4, &lz4),
+                changes(2, &[0xff, 0x1f, 2, 1, 1]),
+            ]),
+        ),
+        ("packed-other-codec", of(&[whole(Compress::Zstd, &lz4)])),
+        ("packed-ends-early", of(&[whole(Compress::Zstd, &many)])),
+        (
+            "packed-too-few",
+            of(&[packed(&[(3, 0, 3)], Compress::Lz4, &[Whole; 4], &lz4)]),
+        ),
+    ];
+    seeds.map(|(name, bytes)| (name.to_owned(), bytes)).to_vec()
+}
+
 pub fn seeds() -> Vec<Seed> {
     let whole = migration();
     let mut seeds = vec![
@@ -200,6 +271,7 @@ pub fn seeds() -> Vec<Seed> {
         ),
     ];
     seeds.extend(more.map(|(name, bytes)| (name.to_owned(), bytes)));
+    seeds.extend(packed_pages());
     seeds.extend(metadata());
     seeds
 }
@@ -211,6 +283,11 @@ fn metadata() -> Vec<Seed> {
         migration()[1].0.clone(),
         pages(1, &[(3, 0, 1), (4, 300, 70_000)]).0,
         state(1, 0).0,
+        Message::Packed(PackedBody {
+            pages: extents(1, &[(3, 0, 1), (4, 300, 1)]),
+            codec: Compress::Zstd,
+            encodings: vec![Encoding::Whole, Encoding::Delta(300)],
+        }),
         Message::Refused("no memory".into()),
         Message::Applied(1 << 40),
         Message::Outcome(Outcome::Pending),

@@ -50,6 +50,10 @@ macro_rules! kinds {
 const REASON: u32 = 4096 + 8;
 /// The greatest number of extents at their greatest length.
 const EXTENTS: u32 = 4096 * 27 + 32;
+/// The greatest number of packed pages, each an extent by itself, at their greatest length.
+const PACKED: u32 = 256 * (27 + 4) + 64;
+/// Their contents.
+const PACKED_CONTENTS: u32 = 256 * 4096;
 /// The greatest number of blocks at the greatest length of an id.
 const BLOCKS: u32 = 8192 * 9 + 32;
 
@@ -76,6 +80,8 @@ kinds! {
     Join = 10, 32, 0;
     /// The source knows that the guest runs at the destination.
     Heard = 11, 0, 0;
+    /// Page contents, compressed or as what has changed.
+    Packed = 12, PACKED, PACKED_CONTENTS;
     /// Digests of pages, which the destination compares with its own.
     Digests = 13, EXTENTS, 8 * MAX_DIGESTS;
     /// Answers Hello.

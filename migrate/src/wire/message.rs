@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec;
 use super::header::Kind;
+use super::packed::PackedBody;
 use crate::{Error, MigrationId, Outcome, Result};
 
 /// The version of the stream.
@@ -148,6 +149,7 @@ pub enum Message {
     Query(MigrationId),
     Join(Join),
     Heard,
+    Packed(PackedBody),
     Digests(Extents),
     Welcome(u16),
     Applied(u64),
@@ -174,6 +176,7 @@ impl Message {
             Self::Query(_) => Kind::Query,
             Self::Join(_) => Kind::Join,
             Self::Heard => Kind::Heard,
+            Self::Packed(_) => Kind::Packed,
             Self::Digests(_) => Kind::Digests,
             Self::Welcome(_) => Kind::Welcome,
             Self::Applied(_) => Kind::Applied,
@@ -206,6 +209,10 @@ impl Message {
             Self::Pages(extents) | Self::Zeros(extents) | Self::Digests(extents) => {
                 check_extents(extents)?;
                 codec::encode(kind, extents)
+            }
+            Self::Packed(packed) => {
+                packed.check()?;
+                codec::encode(kind, packed)
             }
             Self::State(state) => codec::encode(kind, state),
             Self::Cancel(reason) | Self::Refused(reason) => {
@@ -245,6 +252,11 @@ impl Message {
                     Kind::Zeros => Self::Zeros(extents),
                     _ => Self::Digests(extents),
                 }
+            }
+            Kind::Packed => {
+                let packed: PackedBody = codec::decode(kind, bytes)?;
+                packed.check()?;
+                Self::Packed(packed)
             }
             Kind::State => Self::State(codec::decode(kind, bytes)?),
             Kind::Cancel | Kind::Refused => {
@@ -309,6 +321,8 @@ fn cut(text: &str, cap: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Compress;
+    use crate::wire::{Encoding, MAX_DELTA, MAX_PACKED_PAGES};
     use gleaner_bitmap::{BlockId, PageRange};
     use proptest::prelude::*;
 
@@ -330,6 +344,14 @@ mod tests {
             Message::Pages(extents.clone()),
             Message::Zeros(extents.clone()),
             Message::Digests(extents),
+            Message::Packed(PackedBody {
+                pages: Extents {
+                    generation: Generation(u64::MAX),
+                    extents: vec![widest; MAX_PACKED_PAGES],
+                },
+                codec: Compress::Zstd,
+                encodings: vec![Encoding::Delta(MAX_DELTA); MAX_PACKED_PAGES],
+            }),
             Message::Refused("x".repeat(MAX_REASON * 2)),
             Message::Hello(Hello {
                 version: VERSION,
@@ -373,7 +395,7 @@ mod tests {
         // Generation 0, then a list that claims 2^63 entries.
         let mut bytes = vec![0, 253];
         bytes.extend(u64::to_le_bytes(1 << 63));
-        for kind in [Kind::Pages, Kind::Layout] {
+        for kind in [Kind::Pages, Kind::Packed, Kind::Layout] {
             assert!(matches!(
                 Message::decode(kind, &bytes),
                 Err(Error::Metadata { .. })

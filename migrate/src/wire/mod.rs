@@ -25,6 +25,7 @@
 //! | 9 | Query | migration id | |
 //! | 10 | Join | migration id, number of the connection | |
 //! | 11 | Heard | | |
+//! | 12 | Packed | generation, extents, codec, how each page is encoded | the encodings, compressed |
 //! | 13 | Digests | generation, extents | xxh3 (64 bits) of each of their pages, in this order |
 //! | 65 | Welcome | version | |
 //! | 66 | Applied | sequence of the Sync it answers | |
@@ -40,14 +41,22 @@
 //! # Several connections
 //!
 //! The first connection opens with Hello, which says how many there will be; each further one with Join, once Hello has
-//! been answered. Pages, Zeros, Digests and Sync may go over any of them, everything else over the first alone. A Sync answers
+//! been answered. Pages, Packed, Zeros, Digests and Sync may go over any of them, everything else over the first alone. A
+//! Sync answers
 //! for its own connection. Nothing is under way on any connection while a Layout or a State is: every Sync of every
 //! connection is answered before, and pages of the new layout follow its Adopted. The generation in each frame of
 //! pages is that of the last Layout, so a frame that breaks this is refused.
+//!
+//! # Packed pages
+//!
+//! A page of a Packed frame travels whole or as a delta: what has changed of it since it came last. A delta is taken only
+//! for a page whose contents came in this migration, and not as zeros after that. All encodings of a frame together are
+//! compressed by its codec, each frame by itself.
 
 mod codec;
 mod header;
 mod message;
+mod packed;
 mod pipe;
 
 pub use header::{HEADER_LEN, Header, Kind, MAX_DIGESTS, MAX_METADATA, MAX_PAYLOAD};
@@ -55,5 +64,6 @@ pub use message::{
     Adopted, Extents, Hello, Join, LayoutBody, MAX_BLOCKS, MAX_CHANNELS, MAX_EXTENTS, MAX_NAME,
     MAX_REASON, Message, StateBody, VERSION,
 };
+pub use packed::{Encoding, MAX_DELTA, MAX_PACKED_PAGES, PackedBody};
 pub(crate) use pipe::{Inlet, Outlet};
 pub use pipe::{Patience, Payload};

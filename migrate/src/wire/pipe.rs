@@ -213,7 +213,7 @@ impl Inlet {
         while bytes.len() < length {
             let start = bytes.len();
             bytes.resize(length.min(start + STEP), 0);
-            self.fill(&mut bytes[start..], "reading the state", patience)?;
+            self.fill(&mut bytes[start..], "reading a payload", patience)?;
         }
         Ok(bytes)
     }

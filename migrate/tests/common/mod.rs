@@ -128,6 +128,15 @@ impl Guest {
         self.log.insert((block, page));
     }
 
+    /// Writes a whole page.
+    pub fn fill(&mut self, block: BlockId, page: u64, bytes: &[u8]) {
+        let memory = &self.blocks[&block].1;
+        let at = memory.slice(PageRange::new(page, 1)).unwrap();
+        assert_eq!(bytes.len(), at.len());
+        at.copy_from(bytes);
+        self.log.insert((block, page));
+    }
+
     pub fn zero(&mut self, block: BlockId, page: u64) {
         let memory = &self.blocks[&block].1;
         memory
