@@ -6,7 +6,7 @@ use gleaner_bitmap::{Extent, Generation, PAGE_SIZE};
 use vm_memory::VolatileSlice;
 
 use crate::link::Link;
-use crate::pack::{Form, MOST_PAGES, Packer};
+use crate::pack::{Applied, Form, MOST_PAGES, Packer};
 use crate::there::There;
 use crate::wire::{Extents, MAX_EXTENTS, Message, PackedBody, Payload};
 use crate::{Channel, Result};
@@ -18,6 +18,8 @@ pub(crate) struct Tally {
     pub(crate) pages: u64,
     /// Pages of zeros, those that the destination needn't be told of included.
     pub(crate) zeros: u64,
+    /// Pages, of those with contents, that went as what has changed of them.
+    pub(crate) deltas: u64,
     /// Bytes of page contents that packing has left out.
     pub(crate) saved: u64,
 }
@@ -26,6 +28,7 @@ impl AddAssign for Tally {
     fn add_assign(&mut self, more: Self) {
         self.pages += more.pages;
         self.zeros += more.zeros;
+        self.deltas += more.deltas;
         self.saved += more.saved;
     }
 }
@@ -35,6 +38,8 @@ pub(crate) struct Batch<'m> {
     generation: Generation,
     there: &'m There,
     packer: Option<&'m mut Packer>,
+    /// Whether the job that the pages are of has been applied.
+    applied: Applied,
     /// Most pages in a frame.
     most: u64,
     extents: Vec<Extent>,
@@ -49,6 +54,7 @@ impl<'m> Batch<'m> {
         generation: Generation,
         there: &'m There,
         packer: Option<&'m mut Packer>,
+        applied: Applied,
         frame_bytes: u64,
     ) -> Self {
         let most = packer.as_ref().map_or(u64::MAX, |_| MOST_PAGES);
@@ -56,6 +62,7 @@ impl<'m> Batch<'m> {
             generation,
             there,
             packer,
+            applied,
             most: (frame_bytes / PAGE_SIZE).clamp(1, most),
             extents: Vec::new(),
             pieces: Vec::new(),
@@ -103,22 +110,28 @@ impl<'m> Batch<'m> {
         if self.extents.is_empty() {
             return Ok(());
         }
-        self.there.contents(&self.extents);
+        let mut deltas = 0;
+        let form = match &mut self.packer {
+            Some(packer) => packer.pack(&self.extents, &self.pieces, self.there, &self.applied)?,
+            None => {
+                self.there.contents(&self.extents);
+                Form::Memory
+            }
+        };
         let pages = Extents {
             generation: self.generation,
             extents: std::mem::take(&mut self.extents),
         };
-        let form = match &mut self.packer {
-            Some(packer) => packer.pack(&self.pieces)?,
-            None => Form::Memory,
-        };
         let (message, payload) = match form {
             Form::Memory => (Message::Pages(pages), Payload::Pages(&self.pieces)),
+            Form::Copy(copy) => (Message::Pages(pages), Payload::Bytes(copy)),
             Form::Packed {
                 codec,
                 encodings,
+                deltas: found,
                 payload,
             } => {
+                deltas = found;
                 let packed = PackedBody {
                     pages,
                     codec,
@@ -129,6 +142,7 @@ impl<'m> Batch<'m> {
         };
         link.send(&message, &payload)?;
         self.tally.pages += self.count;
+        self.tally.deltas += deltas;
         self.tally.saved += (self.count * PAGE_SIZE).saturating_sub(payload.bytes());
         self.pieces.clear();
         self.count = 0;

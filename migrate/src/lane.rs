@@ -8,7 +8,7 @@ use gleaner_bitmap::{Extent, Generation, PageRange};
 use crate::batch::{Batch, Tally};
 use crate::job::Job;
 use crate::link::Link;
-use crate::pack::Packer;
+use crate::pack::{Applied, Packer};
 use crate::scan::{self, bytes};
 use crate::sender::unexpected;
 use crate::there::There;
@@ -23,6 +23,7 @@ struct InFlight {
     lease: LeaseId,
     /// The Sync after it.
     sync: u64,
+    applied: Applied,
     since: Instant,
 }
 
@@ -60,7 +61,9 @@ impl<C: Channel + ?Sized> Lane<C> {
     /// Sends the pages of a job, under the layout of `generation`.
     pub(crate) fn send(&mut self, job: &Job, generation: Generation, there: &There) -> Result<()> {
         let most = self.link.limits.frame_bytes();
-        let mut batch = Batch::new(generation, there, self.packer.as_deref_mut(), most);
+        let applied = Applied::default();
+        let packer = self.packer.as_deref_mut();
+        let mut batch = Batch::new(generation, there, packer, applied.clone(), most);
         let sent = send_parts(&mut self.link, job, &mut batch);
         self.tally += batch.tally;
         sent?;
@@ -68,6 +71,7 @@ impl<C: Channel + ?Sized> Lane<C> {
         self.in_flight.push_back(InFlight {
             lease: job.lease,
             sync,
+            applied,
             since: self.link.limits.clock.now(),
         });
         Ok(())
@@ -75,12 +79,13 @@ impl<C: Channel + ?Sized> Lane<C> {
 
     /// Waits until the earliest job under way has been applied; its lease. `None` when nothing is under way.
     pub(crate) fn applied(&mut self) -> Result<Option<LeaseId>> {
-        let Some(InFlight { lease, sync, since }) = self.in_flight.pop_front() else {
+        let Some(job) = self.in_flight.pop_front() else {
             return Ok(None);
         };
-        self.await_applied(sync)?;
-        self.round_trip = self.link.limits.clock.since(since).as_secs_f64();
-        Ok(Some(lease))
+        self.await_applied(job.sync)?;
+        job.applied.set();
+        self.round_trip = self.link.limits.clock.since(job.since).as_secs_f64();
+        Ok(Some(job.lease))
     }
 
     /// Asks the destination to say that all before this has been applied, and waits for that.

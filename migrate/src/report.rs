@@ -67,6 +67,8 @@ pub struct Report {
     pub zero_pages: u64,
     /// Bytes written to the stream.
     pub bytes_on_wire: u64,
+    /// Pages, of those sent with contents, that went as what had changed of them.
+    pub pages_delta: u64,
     /// Bytes of page contents that packing has left out: pages sent come to so many bytes more than those on the wire.
     pub bytes_saved: u64,
     /// Time from start to end, in milliseconds.
@@ -98,6 +100,7 @@ impl Report {
             pages_sent: 0,
             zero_pages: 0,
             bytes_on_wire: 0,
+            pages_delta: 0,
             bytes_saved: 0,
             total_ms: 0.0,
             downtime_ms: 0.0,

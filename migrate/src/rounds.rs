@@ -67,6 +67,7 @@ impl Session<'_> {
     /// Returns the number of pages leased.
     pub(crate) fn send_pages(&mut self, limit: Option<u64>) -> Result<u64> {
         self.supply.begin(limit);
+        self.there.round();
         loop {
             let carried = self.lanes.carry(&mut self.supply, &self.there);
             self.count();
@@ -109,6 +110,8 @@ impl Session<'_> {
                 }
                 other => return Err(unexpected(&other, "a layout was to be adopted")),
             }
+        } else {
+            self.there.adopt(layout, &[]);
         }
         self.supply.adopted()
     }

@@ -249,7 +249,7 @@ impl<'a> Session<'a> {
         Self {
             supply: Supply::new(source, options.channels.into()),
             lanes,
-            there: There::default(),
+            there: There::new(options.compress != Compress::None),
             report: Report::new(options.id),
             start: options.clock.now(),
             clock: options.clock,
@@ -359,6 +359,7 @@ impl<'a> Session<'a> {
         self.report.pages_sent = sent.pages;
         self.report.zero_pages = sent.zeros;
         self.report.bytes_on_wire = bytes;
+        self.report.pages_delta = sent.deltas;
         self.report.bytes_saved = sent.saved;
     }
 

@@ -1,31 +1,57 @@
-//! What the source knows of the destination's memory.
+//! What the source knows of the destination's memory: where it holds zeros, and what some other pages hold.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use gleaner_bitmap::{BlockId, Extent, Layout};
 
+use crate::pack::Bases;
 use crate::written::Written;
 
-/// What the destination holds, as far as zeros are concerned. Shared by all connections: a page is under way on one of
+/// What the destination holds. Shared by all connections of one migration, and by no other: a page is under way on one of
 /// them at most, so what is known of it changes only with what that one sends.
 ///
 /// Invariant: a page that is not in `written` of a block that came to be as zeros holds zeros there. Nothing is assumed
 /// of any other page.
 #[derive(Default)]
-pub(crate) struct There(Mutex<BTreeMap<BlockId, Held>>);
+pub(crate) struct There {
+    blocks: Mutex<BTreeMap<BlockId, Held>>,
+    /// Contents of some pages in `written`, where pages travel as deltas.
+    bases: Option<Bases>,
+}
 
 #[derive(Default)]
 struct Held {
     /// The destination has said that the block held nothing but zeros when it was made.
     zero: bool,
-    /// Where contents were sent to since.
+    /// Where contents were sent to since, and not zeros after that. Kept for blocks that were zero, and for all where pages
+    /// travel as deltas.
     written: Written,
 }
 
 impl There {
+    /// Nothing is known. Deltas will be made if `deltas` says so.
+    pub(crate) fn new(deltas: bool) -> Self {
+        Self {
+            blocks: Mutex::default(),
+            bases: deltas.then(Bases::default),
+        }
+    }
+
+    /// A round begins.
+    pub(crate) fn round(&self) {
+        if let Some(bases) = &self.bases {
+            bases.round();
+        }
+    }
+
+    /// What deltas are made against, if any are.
+    pub(crate) const fn bases(&self) -> Option<&Bases> {
+        self.bases.as_ref()
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<BlockId, Held>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The destination has this layout; of the blocks that are new to it, those in `zero` hold nothing but zeros.
@@ -37,6 +63,9 @@ impl There {
                 zero: zero.contains(&info.id),
                 written: Written::default(),
             });
+        }
+        if let Some(bases) = &self.bases {
+            bases.adopt(layout);
         }
     }
 
@@ -50,16 +79,39 @@ impl There {
         }
     }
 
+    /// As [`There::contents`], where pages travel as deltas: which of the pages hold contents there that were sent before.
+    pub(crate) fn again(&self, extents: &[Extent]) -> Vec<bool> {
+        let mut blocks = self.lock();
+        let mut again = Vec::new();
+        for Extent { block, range } in extents {
+            let held = blocks.get_mut(block);
+            match held {
+                Some(held) => {
+                    again
+                        .extend((range.first..range.end()).map(|page| held.written.contains(page)));
+                    held.written.set(*range);
+                }
+                None => again.extend((0..range.pages).map(|_| false)),
+            }
+        }
+        again
+    }
+
     /// These pages are zero at the source: those of them that the destination has to be told of.
     pub(crate) fn zeros(&self, extent: Extent) -> Vec<Extent> {
-        let mut blocks = self.lock();
-        match blocks.get_mut(&extent.block) {
-            Some(held) if held.zero => {
-                let runs = held.written.take(extent.range).into_iter();
-                runs.map(|range| Extent { range, ..extent }).collect()
-            }
-            _ => vec![extent],
+        if let Some(bases) = &self.bases {
+            bases.forget(extent);
         }
+        let mut blocks = self.lock();
+        let Some(held) = blocks.get_mut(&extent.block) else {
+            return vec![extent];
+        };
+        let runs = held.written.take(extent.range);
+        if !held.zero {
+            return vec![extent];
+        }
+        let extent = |range| Extent { range, ..extent };
+        runs.into_iter().map(extent).collect()
     }
 }
 

@@ -5,16 +5,15 @@
 //! |  varint              |  varint, not 0    |                              |
 //! ```
 
-#![allow(dead_code)] // nothing encodes deltas yet
-
 use crate::memory::PAGE;
+use crate::wire::MAX_DELTA;
 use crate::{Error, Result};
 
 /// Bytes of a page.
 pub(crate) type Page = [u8; PAGE];
 
 /// Most bytes of a delta. A page that has changed more than that goes whole, for the codec to make less of.
-pub(crate) const MOST: usize = PAGE / 2;
+const MOST: usize = MAX_DELTA as usize;
 
 const WORD: usize = size_of::<u64>();
 

@@ -1,10 +1,13 @@
 //! Packs the pages of one connection.
 
+use gleaner_bitmap::Extent;
 use vm_memory::VolatileSlice;
 
+use super::delta::Page;
 use super::trials::{Trial, Trials};
-use super::{Compress, Compressor};
+use super::{Applied, Compress, Compressor};
 use crate::memory::PAGE;
+use crate::there::There;
 use crate::wire::Encoding;
 use crate::{Error, Result};
 
@@ -17,10 +20,14 @@ const SAMPLE: usize = 16;
 pub(crate) enum Form<'p> {
     /// As they are, out of guest memory.
     Memory,
+    /// As they are, out of a copy that is kept of some of them.
+    Copy(&'p [u8]),
     /// Packed.
     Packed {
         codec: Compress,
         encodings: Vec<Encoding>,
+        /// Pages that are deltas.
+        deltas: u64,
         payload: &'p [u8],
     },
 }
@@ -31,8 +38,11 @@ pub(crate) struct Packer {
     trials: Trials,
     /// A private copy of the pages, encoded.
     contents: Vec<u8>,
-    /// The same, compressed.
+    encodings: Vec<Encoding>,
+    /// The same contents, compressed.
     packed: Vec<u8>,
+    /// A private copy of one page.
+    page: Box<Page>,
 }
 
 impl Packer {
@@ -45,28 +55,84 @@ impl Packer {
             compressor: Compressor::new(codec)?,
             trials: Trials::default(),
             contents: Vec::new(),
+            encodings: Vec::new(),
             packed: Vec::new(),
+            page: Box::new([0; PAGE]),
         })))
     }
 
-    /// Decides how the pages in `pieces` travel.
-    pub(crate) fn pack(&mut self, pieces: &[VolatileSlice<'_>]) -> Result<Form<'_>> {
-        let trial = self.trials.next();
-        if trial == Trial::None || (trial == Trial::Sample && !self.sample_shrinks(pieces)?) {
+    /// Decides how the pages `extents`, whose contents are `pieces`, travel with a job.
+    pub(crate) fn pack(
+        &mut self,
+        extents: &[Extent],
+        pieces: &[VolatileSlice<'_>],
+        there: &There,
+        applied: &Applied,
+    ) -> Result<Form<'_>> {
+        let again = there.again(extents);
+        let hot = again.contains(&true);
+        let compress = match self.trials.next() {
+            Trial::Whole => true,
+            Trial::Sample => self.sample_shrinks(pieces)?,
+            Trial::None => false,
+        };
+        if !hot && !compress {
+            // None of them was sent before, so nothing is kept of any.
             return Ok(Form::Memory);
         }
-        self.contents.clear();
-        for page in pages(pieces) {
-            self.append(&page?);
-        }
-        let Some(length) = self.compress() else {
-            return Ok(Form::Memory);
+        let deltas = self.encode(extents, pieces, &again, there, applied)?;
+        let compressed = if compress { self.compress() } else { None };
+        let (codec, payload) = match compressed {
+            Some(length) => (self.compressor.codec(), &self.packed[..length]),
+            None if deltas > 0 => (Compress::None, &self.contents[..]),
+            // What is kept of a page must be what was sent, so not out of guest memory.
+            None if hot => return Ok(Form::Copy(&self.contents)),
+            None => return Ok(Form::Memory),
         };
         Ok(Form::Packed {
-            codec: self.compressor.codec(),
-            encodings: vec![Encoding::Whole; self.contents.len() / PAGE],
-            payload: &self.packed[..length],
+            codec,
+            encodings: std::mem::take(&mut self.encodings),
+            deltas,
+            payload,
         })
+    }
+
+    /// Copies the pages, each as a delta if that is less; how many are. Pages that are sent `again` are kept.
+    fn encode(
+        &mut self,
+        extents: &[Extent],
+        pieces: &[VolatileSlice<'_>],
+        again: &[bool],
+        there: &There,
+        applied: &Applied,
+    ) -> Result<u64> {
+        self.contents.clear();
+        self.encodings.clear();
+        let mut deltas = 0;
+        let numbers = extents.iter().flat_map(|extent| {
+            let range = extent.range;
+            (range.first..range.end()).map(|page| (extent.block, page))
+        });
+        for ((page, key), again) in pages(pieces).zip(numbers).zip(again) {
+            let page = page?;
+            let Some(bases) = there.bases().filter(|_| *again) else {
+                self.append(&page);
+                self.encodings.push(Encoding::Whole);
+                continue;
+            };
+            page.copy_to(&mut self.page[..]);
+            let start = self.contents.len();
+            if bases.delta(key, &self.page, applied, &mut self.contents) {
+                // No longer than MAX_DELTA.
+                let length = u16::try_from(self.contents.len() - start).unwrap_or(u16::MAX);
+                self.encodings.push(Encoding::Delta(length));
+                deltas += 1;
+            } else {
+                self.contents.extend_from_slice(&self.page[..]);
+                self.encodings.push(Encoding::Whole);
+            }
+        }
+        Ok(deltas)
     }
 
     fn append(&mut self, page: &VolatileSlice<'_>) {
