@@ -208,6 +208,8 @@ impl Demo {
             "bytes_on_wire": report.bytes_on_wire,
             "verified_pages": report.verified_pages,
             "verify_ms": report.verify_ms,
+            "pages_delta": report.pages_delta,
+            "bytes_saved": report.bytes_saved,
             "total_ms": report.total_ms,
             "first_round_gb_per_second": report.first_round_bytes_per_second / 1e9,
             "blackout_us": {"p50": at(500), "p99": at(990), "max": at(1000)},

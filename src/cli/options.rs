@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use gleaner_migrate::{
-    Address, CancelToken, Connector, Listener, MigrationId, OnTimeout, SenderOptions,
+    Address, CancelToken, Compress, Connector, Listener, MigrationId, OnTimeout, SenderOptions,
 };
 
 use super::units;
@@ -116,6 +116,10 @@ pub struct MigrationOptions {
     /// runs on at the source. It takes time in which the guest stands still.
     #[arg(long)]
     pub verify: bool,
+    /// What memory is compressed with where it shrinks; with anything but none, pages that are sent again go as what
+    /// has changed of them.
+    #[arg(long, value_enum, default_value_t = Packing::None)]
+    pub compress: Packing,
     /// The most bytes a second, all connections together (K, M, G).
     #[arg(long, value_name = "RATE", value_parser = units::size)]
     pub bandwidth_limit: Option<u64>,
@@ -159,6 +163,17 @@ impl TlsOptions {
     }
 }
 
+/// What memory is compressed with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Packing {
+    /// Nothing.
+    None,
+    /// LZ4: for links of some Gbit/s.
+    Lz4,
+    /// Zstandard: for slower ones.
+    Zstd,
+}
+
 /// What happens when the time is over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum AtTimeout {
@@ -175,6 +190,11 @@ impl MigrationOptions {
             name: format!("gleaner {}", env!("CARGO_PKG_VERSION")),
             channels: self.channels,
             verify: self.verify,
+            compress: match self.compress {
+                Packing::None => Compress::None,
+                Packing::Lz4 => Compress::Lz4,
+                Packing::Zstd => Compress::Zstd,
+            },
             downtime_limit: self.downtime_limit,
             timeout: self.timeout,
             on_timeout: match self.on_timeout {

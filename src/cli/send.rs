@@ -125,8 +125,16 @@ pub fn summary(report: &Report) -> String {
             report.verify_ms
         ),
     };
+    let saved = match report.bytes_saved {
+        0 => String::new(),
+        bytes => format!(
+            " ({:.1} MB saved, {} pages as changes)",
+            bytes as f64 / 1e6,
+            report.pages_delta
+        ),
+    };
     format!(
-        "{}: {} rounds, {} pages and {} zero pages sent, {:.1} MB on the wire in {:.0} ms, downtime {:.1} ms{verified}, {} slot transactions",
+        "{}: {} rounds, {} pages of contents and {} of zeros, {:.1} MB on the wire{saved} in {:.0} ms, downtime {:.1} ms{verified}, {} slot transactions",
         match report.status {
             Status::Completed => "completed",
             Status::Failed => "failed",

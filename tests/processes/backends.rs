@@ -25,6 +25,36 @@ fn the_demo_holds_on_the_model_in_any_mode() {
 }
 
 #[test]
+fn memory_that_travels_packed_is_the_same() {
+    for (codec, channels) in [("lz4", "1"), ("zstd", "3")] {
+        let hot = [
+            "--workload",
+            "hot:2M",
+            "--ram",
+            "32M",
+            "--transactions",
+            "60",
+        ];
+        let args = [
+            "demo",
+            "--json",
+            "--compress",
+            codec,
+            "--channels",
+            channels,
+        ];
+        let ended = run(&[&args[..], &hot, &MODEL].concat());
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        let report = ended.json();
+        assert_eq!(report["pages_differing"], 0, "{report}");
+        assert_eq!(report["guest_check"], "ok", "{report}");
+        for count in ["pages_delta", "bytes_saved"] {
+            assert!(report[count].as_u64() > Some(0), "{count} in {report}");
+        }
+    }
+}
+
+#[test]
 fn without_a_word_it_is_kvm_or_it_says_so() {
     let there = kvm();
     let ended = run(&["demo", "--json", "--ram", RAM, "--transactions", "5"]);

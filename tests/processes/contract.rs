@@ -70,6 +70,7 @@ fn wrong_usage_is_2_and_names_the_fault() {
             "--resume",
         ),
         (vec!["demo", "--transactions", "-1"], "-1"),
+        (vec!["demo", "--compress", "gzip"], "gzip"),
     ] {
         let ended = run(&args);
         assert_eq!(ended.code, Some(2), "{ended:?}");
