@@ -11,6 +11,7 @@ mod blackout;
 mod gate;
 mod harvest;
 mod kernels;
+mod packed;
 mod row;
 mod sample;
 mod vm;

@@ -158,7 +158,7 @@ impl Destination for Place {
 }
 
 /// Memory whose every page exists, filled by `word`.
-fn memory(pages: u64, mut word: impl FnMut() -> u64) -> Result<Arc<MappedMemory>> {
+pub fn memory(pages: u64, mut word: impl FnMut() -> u64) -> Result<Arc<MappedMemory>> {
     let memory = MappedMemory::anonymous(pages)?;
     let mut bytes = vec![0u8; PLAIN];
     let all = memory.slice(PageRange::new(0, pages))?;
@@ -178,6 +178,16 @@ fn migrate(
     to: &Arc<MappedMemory>,
     is_zero: bool,
 ) -> Result<(Report, Duration)> {
+    migrate_with(from, to, is_zero, |_| ())
+}
+
+/// As `migrate`, with options that differ from the defaults.
+pub fn migrate_with(
+    from: &Arc<MappedMemory>,
+    to: &Arc<MappedMemory>,
+    is_zero: bool,
+    differ: impl FnOnce(&mut SenderOptions),
+) -> Result<(Report, Duration)> {
     let (near, far) = UnixStream::pair()?;
     let report = std::thread::scope(|scope| -> Result<Report> {
         let memory = Arc::clone(to);
@@ -187,7 +197,8 @@ fn migrate(
             let _ = Receiver::new(&mut place, ReceiverOptions::default()).run(far.into());
         });
         let mut source = Still::new(Arc::clone(from));
-        let options = SenderOptions::new(MigrationId::random()?);
+        let mut options = SenderOptions::new(MigrationId::random()?);
+        differ(&mut options);
         Ok(Sender::new(&mut source, options).run(near.into()))
     })?;
     if report.status != Status::Completed {
@@ -257,7 +268,7 @@ fn read_all(memory: &MappedMemory) -> Result<(Duration, bool)> {
 }
 
 /// Whether both have the same bytes.
-fn same(a: &MappedMemory, b: &MappedMemory) -> Result<bool> {
+pub fn same(a: &MappedMemory, b: &MappedMemory) -> Result<bool> {
     let (a, b) = (whole(a)?, whole(b)?);
     let (mut left, mut right) = (vec![0u8; PLAIN], vec![0u8; PLAIN]);
     for at in (0..a.len()).step_by(PLAIN) {
@@ -283,6 +294,7 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
     if plan.wants("wire/holes") {
         rows.push(holes(pages, plan)?);
     }
+    rows.extend(crate::packed::rows(plan)?);
     Ok(rows)
 }
 
