@@ -26,7 +26,7 @@ pub struct Progress {
     pub round: u32,
     /// Pages sent with their contents.
     pub pages_sent: u64,
-    /// Pages sent as zeros.
+    /// Pages of zeros, those included that the destination needn't be told of.
     pub zero_pages: u64,
     /// Bytes written to the stream.
     pub bytes: u64,
@@ -63,7 +63,7 @@ pub struct Report {
     pub rounds: u32,
     /// Pages sent with their contents.
     pub pages_sent: u64,
-    /// Pages sent as zeros.
+    /// Pages of zeros, those included that the destination needn't be told of.
     pub zero_pages: u64,
     /// Bytes written to the stream.
     pub bytes_on_wire: u64,
