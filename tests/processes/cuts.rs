@@ -137,6 +137,31 @@ fn a_destination_that_runs_completes_the_source() {
 }
 
 #[test]
+fn a_destination_that_was_to_take_memory_alone_can_be_asked_too() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let mut guest = Guest::start(&place, &[]);
+    let mut receive = Receive::start(&place, "there", &[]);
+    let line = place.path("line");
+    let point = Point {
+        kind: RUNNING,
+        part: Part::Nothing,
+    };
+    let held = hold(&line, place.path("there.socket"), point);
+    let send = guest.send(&format!("unix:{}", line.display()), &[]);
+    held.recv().unwrap().cut();
+    send.end().failed("in-doubt", "has not answered");
+    receive.process().says("may be in doubt");
+    let asked = guest.send(&receive.address, &[]).end();
+    asked.status("completed", 0);
+    guest.process.says("has migrated away");
+    receive.wait_end().status("completed", 0);
+    assert_same(&guest.ram(), &receive.ram());
+}
+
+#[test]
 fn after_the_guest_is_said_to_run_the_line_matters_no_more() {
     if !kvm() {
         return;
