@@ -11,7 +11,6 @@ mod blackout;
 mod gate;
 mod harvest;
 mod kernels;
-mod packed;
 mod row;
 mod sample;
 mod vm;
@@ -44,7 +43,7 @@ struct Options {
     /// Quick: that outputs are equal is checked, times are printed and never a failure.
     #[arg(long)]
     short: bool,
-    /// Also what takes long: slots of 8 GiB.
+    /// Also what takes long: slots of 8 GiB, and 4 GiB on the wire rather than 1.
     #[arg(long)]
     long: bool,
 }
@@ -78,6 +77,16 @@ impl Plan {
     #[must_use]
     pub const fn pick(&self, full: usize, quick: usize) -> usize {
         if self.short { quick } else { full }
+    }
+
+    /// Pages of a guest that is migrated: 1 GiB, or 4 when it may take long.
+    #[must_use]
+    pub const fn guest_pages(&self) -> u64 {
+        match (self.short, self.long) {
+            (true, _) => 1 << 14,
+            (false, false) => 1 << 18,
+            (false, true) => 1 << 20,
+        }
     }
 }
 

@@ -5,10 +5,11 @@ use std::cell::Cell;
 use gleaner_bitmap::PAGE_SIZE;
 use gleaner_migrate::Compress;
 
+use super::line::{Line, migrate};
+use super::memory::{filled, same};
 use crate::kernels::random;
 use crate::row::{Aim, Row};
 use crate::sample::{median, ratios, turn_about};
-use crate::wire::{memory, migrate_with, same};
 use crate::{Plan, Result};
 
 const CODECS: [(Compress, &str); 2] = [(Compress::Lz4, "lz4"), (Compress::Zstd, "zstd")];
@@ -37,9 +38,13 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
 fn incompressible(name: String, codec: Compress, plan: &Plan) -> Result<Row> {
     let pages = plan.pick(1 << 18, 1 << 14) as u64;
     let mut state = 0x5eed;
-    let from = memory(pages, || random(&mut state))?;
-    let to = memory(pages, || u64::MAX)?;
-    let run = |compress| migrate_with(&from, &to, false, |options| options.compress = compress);
+    let from = filled(pages, || random(&mut state))?;
+    let to = filled(pages, || u64::MAX)?;
+    let run = |compress| {
+        migrate(&from, &to, false, Line::ONE, |options| {
+            options.compress = compress
+        })
+    };
     let pairs = turn_about(
         plan.pick(9, 1),
         || run(codec).map(|(_, took)| took),
@@ -87,11 +92,11 @@ fn words() -> impl FnMut() -> u64 {
 
 fn text(name: String, codec: Compress, plan: &Plan) -> Result<Row> {
     let pages = plan.pick(1 << 15, 1 << 12) as u64;
-    let from = memory(pages, words())?;
-    let to = memory(pages, || u64::MAX)?;
+    let from = filled(pages, words())?;
+    let to = filled(pages, || u64::MAX)?;
     let wire = Cell::new(0);
     let run = |compress| {
-        let (report, took) = migrate_with(&from, &to, false, |options| {
+        let (report, took) = migrate(&from, &to, false, Line::ONE, |options| {
             options.compress = compress;
             options.bandwidth_limit = Some(LINK);
         })?;
