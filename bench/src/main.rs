@@ -8,6 +8,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
 
 mod blackout;
+mod downtime;
 mod gate;
 mod harvest;
 mod kernels;
@@ -34,7 +35,7 @@ pub type Result<T> = std::result::Result<T, Error>;
     after_help = "Example: gleaner-bench blackout wire --json"
 )]
 struct Options {
-    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, wire. All unless given.
+    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, wire, downtime. All unless given.
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Print one JSON object on standard output.
@@ -93,12 +94,13 @@ impl Plan {
 type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
 
 /// Topics, whether they need KVM, and what measures them.
-const TOPICS: [Topic; 5] = [
+const TOPICS: [Topic; 6] = [
     ("kernels", false, kernels::rows),
     ("gate", true, gate::rows),
     ("harvest", true, harvest::rows),
     ("blackout", true, blackout::rows),
     ("wire", false, wire::rows),
+    ("downtime", true, downtime::rows),
 ];
 
 fn run(options: &Options) -> Result<Vec<Row>> {

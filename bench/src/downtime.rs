@@ -1,0 +1,128 @@
+//! How long a guest stands still when it is switched over, and how far the forecast of that was off.
+
+use std::os::unix::net::UnixStream;
+
+use gleaner::migrate::{
+    MigrationId, Receiver, ReceiverOptions, Report, Sender, SenderOptions, Status, Stream,
+};
+use gleaner::vmm::guest::Workload;
+use gleaner::vmm::{Backend, IncomingMachine, Machine, MachineConfig};
+use gleaner::{LocalSource, Tracking};
+
+use crate::row::{Aim, Row};
+use crate::sample::Spread;
+use crate::{Plan, Result};
+
+/// Bytes of a guest's RAM, and of the part that its vCPUs write to, as fast as they can.
+const RAM: u64 = 1 << 30;
+const HOT: u64 = 16 << 20;
+const VCPUS: usize = 2;
+/// Milliseconds: the median, and what one in a hundred exceeds.
+const AIM_MEDIAN: f64 = 20.0;
+const AIM_MOST: f64 = 50.0;
+/// Per cent of the downtime that the forecast was off by, in the median.
+const AIM_FORECAST: f64 = 25.0;
+
+pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
+    let (median, most, forecast) = ("downtime/median", "downtime/p99", "downtime/forecast");
+    if ![median, most, forecast]
+        .into_iter()
+        .any(|row| plan.wants(row))
+    {
+        return Ok(Vec::new());
+    }
+    let rounds = plan.pick(100, 2);
+    let mut downtimes = Vec::new();
+    let mut off = Vec::new();
+    let mut machine = first()?;
+    // The first one warms up.
+    for round in 0..=rounds {
+        let (report, arrived) = hop(&machine)?;
+        machine = arrived;
+        if round > 0 {
+            downtimes.push(report.downtime_ms);
+            if let Some(forecast) = forecast_of(&report) {
+                off.push((forecast / report.downtime_ms - 1.0).abs() * 100.0);
+            }
+        }
+    }
+    let check = machine.check(std::time::Duration::from_secs(60))?;
+    if !check.is_ok() {
+        return Err(format!("downtime: the guest's own check: {check}").into());
+    }
+    downtimes.sort_by(f64::total_cmp);
+    let p99 = downtimes[(downtimes.len() - 1) * 99 / 100];
+    let guest = format!(
+        "{rounds} migrations of {} MiB, {VCPUS} vCPUs at full speed on {} MiB, over a Unix socket on this host",
+        RAM >> 20,
+        HOT >> 20
+    );
+    let forecasts = format!("of the downtime, {} forecasts", off.len());
+    Ok(vec![
+        Row::new(
+            median,
+            Aim::AtMost(AIM_MEDIAN),
+            Spread::of(downtimes),
+            "ms",
+            guest,
+        ),
+        Row::new(
+            most,
+            Aim::AtMost(AIM_MOST),
+            Spread::of(vec![p99]),
+            "ms",
+            "of the same",
+        ),
+        Row::new(
+            forecast,
+            Aim::AtMost(AIM_FORECAST),
+            Spread::of(off),
+            "% off",
+            forecasts,
+        ),
+    ])
+}
+
+/// What the switchover was begun with.
+fn forecast_of(report: &Report) -> Option<f64> {
+    let before = report
+        .progress
+        .iter()
+        .rev()
+        .find_map(|round| round.forecast_downtime_ms)?;
+    (report.downtime_ms > 0.0).then_some(before)
+}
+
+fn first() -> Result<Machine> {
+    let mut machine = Machine::new(&MachineConfig {
+        backend: Backend::Kvm,
+        ram: RAM,
+        vcpus: VCPUS,
+        ram_file: None,
+        tracking: Tracking::Auto,
+        workload: Workload::Hot(HOT),
+        write_rate: None,
+        churn: None,
+        seed: 1,
+    })?;
+    machine.start();
+    Ok(machine)
+}
+
+/// One migration, to a machine that runs the guest then.
+fn hop(source: &Machine) -> Result<(Report, Machine)> {
+    let (near, far) = UnixStream::pair()?;
+    let mut destination = IncomingMachine::new().resume(Backend::Kvm, Tracking::Auto);
+    let report = std::thread::scope(|scope| -> Result<Report> {
+        scope.spawn(|| {
+            Receiver::new(&mut destination, ReceiverOptions::default()).run(Stream::from(far))
+        });
+        let mut local = LocalSource::new(source.tracker(), source.hooks_factory()())?;
+        let options = SenderOptions::new(MigrationId::random()?);
+        Ok(Sender::new(&mut local, options).run(Stream::from(near)))
+    })?;
+    match (report.status, destination.take_machine()) {
+        (Status::Completed, Some(machine)) => Ok((report, machine)),
+        (_, _) => Err(format!("downtime: a migration ended otherwise: {:?}", report.reason).into()),
+    }
+}
