@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test that can't go on fails
 
 mod backends;
+mod bad_streams;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;

@@ -42,10 +42,9 @@
 //!
 //! The first connection opens with Hello, which says how many there will be; each further one with Join, once Hello has
 //! been answered. Pages, Packed, Zeros, Digests and Sync may go over any of them, everything else over the first alone. A
-//! Sync answers
-//! for its own connection. Nothing is under way on any connection while a Layout or a State is: every Sync of every
-//! connection is answered before, and pages of the new layout follow its Adopted. The generation in each frame of
-//! pages is that of the last Layout, so a frame that breaks this is refused.
+//! Sync answers for its own connection. Nothing is under way on any connection while a Layout or a State is: every Sync
+//! of every connection is answered before, and pages of the new layout follow its Adopted. The generation in each frame
+//! of pages is that of the last Layout, so a frame that breaks this is refused.
 //!
 //! # Packed pages
 //!
