@@ -7,6 +7,7 @@ use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{BlockId, Layout, Start};
 use gleaner_migrate::{
     Error as MigrateError, Harvested, LeaseId, LeasedPart, Memory, PageLease, Result, Source,
+    Throttle, Throttles,
 };
 
 use crate::gate::StoppedVcpus;
@@ -157,6 +158,17 @@ impl Source for LocalSource {
 
     fn release(&mut self, lease: LeaseId) -> Result<()> {
         self.take(lease).map(drop)
+    }
+
+    fn throttles(&mut self) -> Result<Throttles> {
+        Ok(Throttles::Nothing)
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<()> {
+        match throttle {
+            Throttle::Off => Ok(()),
+            _ => Err(MigrateError::source("this source can't throttle")),
+        }
     }
 
     fn stop(&mut self) -> Result<()> {

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use gleaner::service::{Attach, Response, ServiceClient};
-use gleaner_migrate::{LeaseId, MigrationId, PageLease, Source};
+use gleaner_migrate::{LeaseId, MigrationId, PageLease, Source, Throttle};
 use vm_memory::VolatileMemory;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -119,7 +119,9 @@ fn drive(mut agent: ServiceClient, calls: &[u8]) -> u64 {
             8 => agent.relinquish().err(),
             9 => agent.complete().err(),
             10 => agent.resume().err(),
-            _ => agent.transactions().err(),
+            11 => agent.transactions().err(),
+            12 => agent.throttles().err(),
+            _ => agent.throttle(Throttle::default()).err(),
         };
         if let Some(error) = failed {
             assert!(!error.to_string().is_empty());

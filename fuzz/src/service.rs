@@ -9,6 +9,7 @@ use gleaner::service::{Reply, Request, Response, Session, SessionSource};
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE};
 use gleaner_migrate::{
     Error, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, PageLease, Result, Source,
+    Throttle, Throttles,
 };
 
 use crate::MAX_INPUT;
@@ -35,6 +36,7 @@ const PAGES: u64 = 16;
 #[derive(Debug, Default)]
 struct Guest {
     running: bool,
+    throttled: bool,
     relinquished: bool,
     complete: bool,
     /// There is an attempt.
@@ -100,6 +102,7 @@ impl Drop for Toy {
     fn drop(&mut self) {
         let mut guest = lock(&self.guest);
         guest.attempt = false;
+        guest.throttled = false;
         guest.leases.clear();
         if !guest.relinquished {
             guest.running = true;
@@ -154,8 +157,20 @@ impl Source for Toy {
         Ok(())
     }
 
+    fn throttles(&mut self) -> Result<Throttles> {
+        let _guest = self.call(|guest| !guest.relinquished)?;
+        Ok(Throttles::Writers)
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<()> {
+        self.call(|guest| guest.running)?.throttled = throttle != Throttle::Off;
+        Ok(())
+    }
+
     fn stop(&mut self) -> Result<()> {
-        self.call(|guest| guest.running)?.running = false;
+        let mut guest = self.call(|guest| guest.running)?;
+        guest.running = false;
+        guest.throttled = false;
         Ok(())
     }
 
@@ -179,6 +194,7 @@ impl Source for Toy {
     fn resume(&mut self) -> Result<()> {
         let mut guest = self.call(|guest| !guest.complete)?;
         guest.running = true;
+        guest.throttled = false;
         guest.relinquished = false;
         Ok(())
     }
@@ -210,7 +226,7 @@ struct Told {
     complete: bool,
 }
 
-/// Whatever an agent says: never two guests, a guest that stands still for nobody runs, nothing reaches the guest before
+/// Whatever an agent says: never two guests, a guest that stands still for nobody runs, at full speed, nothing reaches the guest before
 /// hello, and every answer reads back.
 ///
 /// # Panics
@@ -250,6 +266,7 @@ pub fn answers(input: &[u8]) -> Vec<Response> {
             told.welcomed = false;
             let guest = lock(&guest);
             assert!(told.away || guest.running && !guest.attempt && guest.leases.is_empty());
+            assert!(!guest.throttled, "slowed for nobody");
             continue;
         };
         let calls = lock(&guest).calls;

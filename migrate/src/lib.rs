@@ -73,6 +73,7 @@ mod stream;
 mod supply;
 mod switchover;
 mod there;
+mod throttle;
 #[cfg(feature = "tls")]
 mod tls;
 mod verify;
@@ -101,5 +102,6 @@ pub use report::{Progress, Received, Report, Status};
 pub use sender::{Hold, OnProgress, Sender, SenderOptions};
 pub use source::{Harvested, LeaseId, LeasedPart, PageLease, Source};
 pub use stream::Stream;
+pub use throttle::{Throttle, Throttles};
 #[cfg(feature = "tls")]
 pub use tls::{TlsClient, TlsServer, TlsStream};

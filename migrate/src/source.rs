@@ -3,7 +3,7 @@
 use gleaner_bitmap::{BlockId, Extent, Generation, Layout, PageRange};
 use vm_memory::VolatileSlice;
 
-use crate::{Error, Memory, Result};
+use crate::{Error, Memory, Result, Throttle, Throttles};
 
 /// The running guest, as the sender sees it. The sender calls the methods from one thread, in this order:
 ///
@@ -12,6 +12,10 @@ use crate::{Error, Memory, Result};
 ///        (any error) release ...  resume               |                               | refused
 ///        (any error) release ...  resume <-------------+-------------- resume <--------+
 /// ```
+///
+/// [`Source::throttle`] comes anywhere before `stop`, as often as the sender likes. Full speed needs no call: the end of an
+/// attempt brings it back, by `complete` or `resume`, by dropping the source, or by the death of an agent in another
+/// process.
 ///
 /// Errors are made with [`Error::source`]. After an error of any method before [`Source::relinquish`] the sender
 /// releases its leases and calls [`Source::resume`].
@@ -46,6 +50,18 @@ pub trait Source: Send {
     /// # Errors
     /// Why it failed; the lease is as it was.
     fn release(&mut self, lease: LeaseId) -> Result<()>;
+
+    /// What [`Source::throttle`] can do.
+    ///
+    /// # Errors
+    /// Why it can't be told; nothing has changed.
+    fn throttles(&mut self) -> Result<Throttles>;
+
+    /// Slows the guest, instead of what slowed it before. It never delays [`Source::stop`], nor a slot transaction.
+    ///
+    /// # Errors
+    /// Why not: it is more than [`Source::throttles`] says, or out of range. What slowed the guest before still does.
+    fn throttle(&mut self, throttle: Throttle) -> Result<()>;
 
     /// Stops the guest: vCPUs parked, writers drained, devices paused. Nothing but [`Source::state`] writes guest
     /// memory afterwards.

@@ -169,6 +169,12 @@ fn a_block_that_goes_while_it_is_on_lease() {
         fn release(&mut self, lease: LeaseId) -> Result<()> {
             self.0.release(lease)
         }
+        fn throttles(&mut self) -> Result<Throttles> {
+            self.0.throttles()
+        }
+        fn throttle(&mut self, throttle: Throttle) -> Result<()> {
+            self.0.throttle(throttle)
+        }
         fn stop(&mut self) -> Result<()> {
             self.0.stop()
         }

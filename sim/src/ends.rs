@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use gleaner::gate::StoppedVcpus;
 use gleaner::migrate::{
     Destination, Error, Harvested, LeaseId, MappedMemory, Memory, NewMemory, PageLease, Result,
-    Source,
+    Source, Throttle, Throttles,
 };
 use gleaner::model::{Call, Failure, ModelKvm};
 use gleaner::{BlockId, BlockInfo, Extent, Hooks, Layout, LocalSource};
@@ -172,6 +172,14 @@ impl Source for Watched {
             self.actors.stage().oracle.dropped(self.number, extents);
         }
         self.inner.release(lease)
+    }
+
+    fn throttles(&mut self) -> Result<Throttles> {
+        self.inner.throttles()
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<()> {
+        self.inner.throttle(throttle)
     }
 
     fn stop(&mut self) -> Result<()> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use gleaner_bitmap::{BlockId, Layout};
 use gleaner_migrate::{
     Error as MigrateError, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, MigrationId,
-    PageLease, Result, Source,
+    PageLease, Result, Source, Throttle, Throttles,
 };
 
 use super::exchange::{Exchange, SocketExchange};
@@ -188,6 +188,17 @@ impl<E: Exchange> Source for ServiceClient<E> {
 
     fn release(&mut self, lease: LeaseId) -> Result<()> {
         self.done(&Request::Release(lease.0))
+    }
+
+    fn throttles(&mut self) -> Result<Throttles> {
+        match self.call(&Request::Throttles)? {
+            Response::Throttles(throttles) => Ok(throttles),
+            other => Err(MigrateError::source(unexpected(&other))),
+        }
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<()> {
+        self.done(&Request::Throttle(throttle))
     }
 
     fn stop(&mut self) -> Result<()> {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Slot};
+use gleaner_migrate::{Throttle, Throttles};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -49,6 +50,10 @@ pub enum Request {
     Resume,
     /// Slot transactions since the attempt began.
     Transactions,
+    /// What can be slowed.
+    Throttles,
+    /// Slow the guest, instead of what slowed it before.
+    Throttle(Throttle),
 }
 
 /// What the service answers.
@@ -95,6 +100,8 @@ pub enum Response {
     Done,
     /// Not done.
     Error(String),
+    /// What can be slowed.
+    Throttles(Throttles),
 }
 
 /// A lease, as it travels.

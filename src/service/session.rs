@@ -135,7 +135,7 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
     pub fn hang_up(&mut self) {
         self.attached = false;
         if let Phase::Migrating | Phase::Stopped = self.phase {
-            // Leases fall back and the guest goes on as the source is dropped.
+            // Leases fall back and the guest goes on, at full speed, as the source is dropped.
             self.source = None;
             self.phase = Phase::Idle;
         }
@@ -182,12 +182,13 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
             Request::Hello { .. } => false,
             Request::Layout
             | Request::Block(_)
+            | Request::Throttles
             | Request::Harvest
             | Request::Lease(_)
             | Request::Ack(_)
             | Request::Release(_) => matches!(self.phase, Migrating | Stopped),
             Request::Transactions => self.phase != Idle,
-            Request::Stop => self.phase == Migrating,
+            Request::Throttle(_) | Request::Stop => self.phase == Migrating,
             Request::State | Request::Relinquish => self.phase == Stopped,
             Request::Complete => self.phase == Committing,
             Request::Resume => !matches!(self.phase, Idle | Phase::Complete),
@@ -241,6 +242,11 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
             }
             Request::Release(id) => {
                 source.release(LeaseId(id))?;
+                Response::Done
+            }
+            Request::Throttles => Response::Throttles(source.throttles()?),
+            Request::Throttle(throttle) => {
+                source.throttle(throttle)?;
                 Response::Done
             }
             Request::Stop => {

@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
-use gleaner::migrate::{Error, Harvested, LeaseId, LeasedPart, MappedMemory, PageLease, Source};
+use gleaner::migrate::{
+    Error, Harvested, LeaseId, LeasedPart, MappedMemory, PageLease, Source, Throttle, Throttles,
+};
 use gleaner::service::SessionSource;
 use gleaner::{BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE, Slot, SlotKey};
 
@@ -47,6 +49,7 @@ pub struct Guest {
     /// A page's version grows with each write.
     pub versions: Vec<u64>,
     pub running: bool,
+    pub throttle: Throttle,
     /// By the number of the source.
     pub attempts: BTreeMap<u64, Dirty>,
     begun: u64,
@@ -59,6 +62,7 @@ impl Guest {
         Arc::new(Mutex::new(Self {
             versions: vec![1; pages],
             running: true,
+            throttle: Throttle::Off,
             attempts: BTreeMap::new(),
             begun: 0,
             memory: None,
@@ -148,6 +152,7 @@ impl Drop for ToySource {
     fn drop(&mut self) {
         let mut guest = self.guest.lock().unwrap();
         guest.attempts.remove(&self.number);
+        guest.throttle = Throttle::Off;
         if self.hold == Hold::Held {
             guest.running = true;
         }
@@ -238,8 +243,19 @@ impl Source for ToySource {
         .ok_or_else(|| Error::source("no such lease"))
     }
 
+    fn throttles(&mut self) -> Result<Throttles, Error> {
+        Ok(Throttles::Writers)
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), Error> {
+        self.guest().throttle = throttle;
+        Ok(())
+    }
+
     fn stop(&mut self) -> Result<(), Error> {
-        self.guest().running = false;
+        let mut guest = self.guest();
+        guest.running = false;
+        guest.throttle = Throttle::Off;
         Ok(())
     }
 
@@ -261,7 +277,9 @@ impl Source for ToySource {
 
     fn resume(&mut self) -> Result<(), Error> {
         self.hold = Hold::Held;
-        self.guest().running = true;
+        let mut guest = self.guest();
+        guest.running = true;
+        guest.throttle = Throttle::Off;
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use gleaner::migrate::Throttle;
 use gleaner::service::{Reply, Request, Response, Session};
 
 use super::guest::{Guest, ToySource};
@@ -113,9 +114,7 @@ impl Host {
             (Request::Resume, Response::Done) => {
                 ensure(before != Told::Away, || "resumed when it was away".into())?;
                 self.told = Told::Here;
-                ensure(self.guest.lock().unwrap().running, || {
-                    "resumed, it stands".into()
-                })?;
+                self.runs_at_full_speed("resumed")?;
             }
             (Request::Transactions, Response::Number(_)) | (_, Response::Error(_)) => {}
             (_, _) => ensure(before == Told::Here, || {
@@ -137,9 +136,12 @@ impl Host {
     }
 
     fn stands_when_let_go(&self) -> Verdict {
-        let runs = self.guest.lock().unwrap().running;
-        ensure(self.told == Told::Here || !runs, || {
+        let guest = self.guest.lock().unwrap();
+        ensure(self.told == Told::Here || !guest.running, || {
             format!("the guest runs here, and it is {:?}", self.told)
+        })?;
+        ensure(guest.running || guest.throttle == Throttle::Off, || {
+            "a guest that stands still is slowed".into()
         })
     }
 
@@ -153,13 +155,21 @@ impl Host {
         self.rests()
     }
 
-    /// With no agent there, the guest runs and nothing is on lease; or it was let go of, and stands.
+    fn runs_at_full_speed(&self, when: &str) -> Verdict {
+        let guest = self.guest.lock().unwrap();
+        ensure(guest.running, || format!("{when}, the guest stands still"))?;
+        ensure(guest.throttle == Throttle::Off, || {
+            format!("{when}, the guest is slowed: {:?}", guest.throttle)
+        })
+    }
+
+    /// With no agent there, the guest runs at full speed and nothing is on lease; or it was let go of, and stands.
     fn rests(&self) -> Verdict {
+        if self.told == Told::Here {
+            self.runs_at_full_speed("no agent")?;
+        }
         let guest = self.guest.lock().unwrap();
         if self.told == Told::Here {
-            ensure(guest.running, || {
-                "no agent, and the guest stands still".into()
-            })?;
             ensure(guest.attempts.is_empty(), || {
                 format!(
                     "the agent has gone, its attempt has not: {:?}",

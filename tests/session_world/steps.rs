@@ -1,5 +1,6 @@
 //! What may happen next: anything in any order, but for claims that nobody can make honestly.
 
+use gleaner::migrate::Throttle;
 use gleaner::service::{Request, VERSION};
 
 use super::actors::{Agent, Phase};
@@ -109,6 +110,7 @@ impl World {
             hello,
             Request::Harvest,
             Request::Lease(1),
+            Request::Throttle(Throttle::All { percent: 50 }),
             Request::Stop,
             Request::State,
             Request::Relinquish,

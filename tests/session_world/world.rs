@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use gleaner::migrate::Throttle;
 use gleaner::service::{Request, Response};
 
 use super::actors::{Agent, Destination, Held, Phase};
@@ -22,6 +23,7 @@ pub struct World {
 #[derive(PartialEq, Eq, Hash)]
 pub struct State {
     running: bool,
+    throttled: bool,
     current_copy: Vec<bool>,
     dirty: Option<Dirty>,
     session: String,
@@ -236,7 +238,7 @@ impl World {
                 agent.held.retain(|held| held.id != *id);
                 agent.swept = false;
             }
-            (Request::Stop, Response::Done) => {}
+            (Request::Throttle(_) | Request::Stop, Response::Done) => {}
             (Request::State, Response::State(_)) => {
                 agent.saved = true;
                 agent.harvested = false;
@@ -341,6 +343,7 @@ impl World {
         let copy = self.destination.iter().flat_map(|d| &d.copy);
         State {
             running: guest.running,
+            throttled: guest.throttle != Throttle::Off,
             current_copy: copy.zip(&guest.versions).map(|(a, b)| a == b).collect(),
             dirty: guest.attempts.values().next().map(Dirty::renumbered),
             session: format!("{:?}", self.host.session),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, Layout, PAGE_SIZE, PageRange, Slot};
 use gleaner_migrate::{
     Destination, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, NewMemory, PageLease,
-    PageMemory, Source,
+    PageMemory, Source, Throttle, Throttles,
 };
 
 const BLOCK: BlockId = BlockId(1);
@@ -77,6 +77,14 @@ impl Source for Still {
 
     fn release(&mut self, _: LeaseId) -> gleaner_migrate::Result<()> {
         Ok(())
+    }
+
+    fn throttles(&mut self) -> gleaner_migrate::Result<Throttles> {
+        Ok(Throttles::Nothing)
+    }
+
+    fn throttle(&mut self, _: Throttle) -> gleaner_migrate::Result<()> {
+        Err(gleaner_migrate::Error::source("nobody runs"))
     }
 
     fn stop(&mut self) -> gleaner_migrate::Result<()> {

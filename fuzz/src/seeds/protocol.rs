@@ -3,6 +3,9 @@
 use gleaner::service::{LeaseMessage, Request, Response, VERSION};
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PageRange, Slot};
 
+use gleaner_migrate::{Throttle, Throttles};
+use std::num::NonZeroU64;
+
 use super::Seed;
 use crate::agent::{ANY_LENGTH, WITH_FD};
 use crate::service::{FAIL, HANG_UP};
@@ -34,7 +37,7 @@ fn said(before: &[u8], requests: &[Request]) -> Vec<u8> {
 pub fn requests() -> Vec<Seed> {
     use Request::{
         Ack, Block, Complete, Harvest, Layout, Lease, Release, Relinquish, Resume, State, Stop,
-        Transactions,
+        Throttle as Slow, Throttles as Slows, Transactions,
     };
     let rounds = [
         HELLO,
@@ -45,6 +48,11 @@ pub fn requests() -> Vec<Seed> {
         Ack(0),
         Lease(1 << 40),
         Release(1),
+        Slows,
+        Slow(Throttle::All { percent: 99 }),
+        Slow(Throttle::Writers {
+            pages_per_second: NonZeroU64::MIN,
+        }),
         Stop,
         State,
         Harvest,
@@ -95,7 +103,7 @@ pub fn requests() -> Vec<Seed> {
         ("hello-before-each", said(&said(&[], &[HELLO]), &whole)),
         (
             "stopped-then-gone",
-            [said(&[], &rounds[..10]), vec![HANG_UP], said(&[], &[HELLO])].concat(),
+            [said(&[], &rounds[..13]), vec![HANG_UP], said(&[], &[HELLO])].concat(),
         ),
         (
             "out-of-order",
@@ -143,7 +151,7 @@ fn leased(extents: &[(u64, u64, u64)]) -> Response {
     }))
 }
 
-fn responses() -> [(&'static str, Response); 6] {
+fn responses() -> [(&'static str, Response); 7] {
     [
         (
             "response-in-doubt",
@@ -154,6 +162,7 @@ fn responses() -> [(&'static str, Response); 6] {
         ("response-state", Response::State(vec![1, 2, 3])),
         ("response-number", Response::Number(u64::MAX)),
         ("response-error", Response::Error("no".into())),
+        ("response-throttles", Response::Throttles(Throttles::All)),
     ]
 }
 

@@ -31,6 +31,7 @@ pub struct Guest {
     next_lease: u64,
     next_block: u64,
     pub running: bool,
+    pub throttle: Throttle,
     pub calls: Vec<&'static str>,
     pub harvests: u32,
     /// The call that fails.
@@ -66,6 +67,7 @@ impl ToySource {
             next_lease: 0,
             next_block: 0,
             running: true,
+            throttle: Throttle::Off,
             calls: Vec::new(),
             harvests: 0,
             failing: None,
@@ -258,8 +260,19 @@ impl Source for ToySource {
         Ok(())
     }
 
+    fn throttles(&mut self) -> Result<Throttles> {
+        self.call("throttles").map(|_| Throttles::Writers)
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<()> {
+        self.call("throttle")?.throttle = throttle;
+        Ok(())
+    }
+
     fn stop(&mut self) -> Result<()> {
-        self.call("stop")?.running = false;
+        let mut guest = self.call("stop")?;
+        guest.running = false;
+        guest.throttle = Throttle::Off;
         Ok(())
     }
 
@@ -290,7 +303,9 @@ impl Source for ToySource {
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.call("resume")?.running = true;
+        let mut guest = self.call("resume")?;
+        guest.running = true;
+        guest.throttle = Throttle::Off;
         Ok(())
     }
 
