@@ -185,6 +185,17 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The guest can't be throttled like that.
+    #[error(
+        "{throttle:?} can't be: a share is 1 to 99 per cent, and who writes is known with dirty rings alone"
+    )]
+    BadThrottle {
+        /// What was asked for.
+        throttle: gleaner_migrate::Throttle,
+    },
+    /// Somebody throttles the guest already.
+    #[error("the guest is throttled already, by somebody else")]
+    AlreadyThrottled,
     /// The service's socket can't be used.
     #[error("service socket {path}: {source}")]
     Socket {

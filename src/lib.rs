@@ -79,7 +79,7 @@ pub use gleaner_migrate as migrate;
 pub use gleaner_ring::{Capabilities, Mode, Tracking, model};
 pub use source::{Hooks, LocalSource};
 pub use tracker::{
-    Blackout, Consumer, Leased, StoppedGuest, Tracker, TrackerBuilder, Transaction,
+    Blackout, Consumer, Leased, StoppedGuest, Throttling, Tracker, TrackerBuilder, Transaction,
     TransactionReport,
 };
 pub use vhost_log::{VhostBackend, VhostLog};

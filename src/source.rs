@@ -11,7 +11,7 @@ use gleaner_migrate::{
 };
 
 use crate::gate::StoppedVcpus;
-use crate::{Block, Consumer, Error, Leased, StoppedGuest, Tracker};
+use crate::{Block, Consumer, Error, Leased, StoppedGuest, Throttling, Tracker};
 
 /// What the VMM does at a switchover.
 pub trait Hooks: Send {
@@ -59,6 +59,7 @@ pub struct LocalSource {
     leases: BTreeMap<LeaseId, Leased>,
     next_lease: u64,
     guest: Guest,
+    throttling: Option<Throttling>,
     transactions_before: u64,
 }
 
@@ -84,6 +85,7 @@ impl LocalSource {
             leases: BTreeMap::new(),
             next_lease: 0,
             guest: Guest::Running,
+            throttling: None,
             transactions_before: tracker.transactions(),
         })
     }
@@ -105,6 +107,7 @@ impl LocalSource {
 
     /// What the destination of this attempt has says nothing about the next one's.
     fn end_attempt(&mut self) {
+        self.throttling = None;
         self.leases.clear();
         if !mutant::is_planted(Mutant::AttemptOnConsumedBits) {
             self.consumer = None;
@@ -161,20 +164,30 @@ impl Source for LocalSource {
     }
 
     fn throttles(&mut self) -> Result<Throttles> {
-        Ok(Throttles::Nothing)
+        Ok(self.tracker.throttles())
     }
 
     fn throttle(&mut self, throttle: Throttle) -> Result<()> {
-        match throttle {
-            Throttle::Off => Ok(()),
-            _ => Err(MigrateError::source("this source can't throttle")),
+        self.consumer()?;
+        let Guest::Running = self.guest else {
+            return Err(MigrateError::source(Error::AlreadyStopped));
+        };
+        match (&self.throttling, throttle) {
+            (_, Throttle::Off) => self.throttling = None,
+            (Some(throttling), _) => throttling.set(throttle).map_err(MigrateError::source)?,
+            (None, _) => {
+                let throttling = self.tracker.throttle(throttle);
+                self.throttling = Some(throttling.map_err(MigrateError::source)?);
+            }
         }
+        Ok(())
     }
 
     fn stop(&mut self) -> Result<()> {
         let hooks = &mut self.hooks;
         match self.tracker.stop(|| hooks.pause_devices()) {
             Ok(stopped) => {
+                self.throttling = None;
                 self.guest = Guest::Stopped(stopped);
                 Ok(())
             }
@@ -261,6 +274,7 @@ impl Source for LocalSource {
 
 impl Drop for LocalSource {
     fn drop(&mut self) {
+        self.throttling = None;
         match std::mem::replace(&mut self.guest, Guest::Running) {
             Guest::Running => {}
             // Before the consumer goes: switching the log off takes time that the guest need not wait for.

@@ -133,6 +133,26 @@ impl DirtyRing {
         Some(read)
     }
 
+    /// Entries that the kernel has written and nobody has taken, without taking them.
+    #[must_use]
+    pub fn waiting(&self) -> u32 {
+        let is_dirty = |n: u32| {
+            let flags = self.entries.flags(self.next.wrapping_add(n));
+            flags.load(Ordering::Acquire) == DIRTY
+        };
+        // They are filled in order, so those that are dirty come before all that are not.
+        let (mut dirty, mut end) = (0, self.entries.count);
+        while dirty < end {
+            let middle = dirty + (end - dirty) / 2;
+            if is_dirty(middle) {
+                dirty = middle + 1;
+            } else {
+                end = middle;
+            }
+        }
+        dirty
+    }
+
     /// After the log was lost: moves to the next entry that the kernel has written, if there is any.
     pub(crate) fn resynchronise(&mut self) {
         let ahead = (0..self.entries.count).find(|&n| {

@@ -34,6 +34,8 @@ struct Ring {
     identity: VcpuIdentity,
     ring: DirtyRing,
     handle: Arc<RingHandle>,
+    /// Entries taken so far.
+    taken: u64,
     /// Times in a row that the vCPU found its ring full and no entry could be read.
     full_but_empty: u32,
 }
@@ -107,6 +109,7 @@ impl RingSource {
             identity,
             ring: map()?,
             handle: Arc::clone(&handle),
+            taken: 0,
             full_but_empty: 0,
         });
         Ok(handle)
@@ -116,6 +119,13 @@ impl RingSource {
     #[must_use]
     pub const fn fill(&self) -> u32 {
         self.fill
+    }
+
+    /// How many pages each vCPU has dirtied so far, by its id: a page counts again when it is written after a harvest.
+    pub fn dirtied(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.rings
+            .iter()
+            .map(|ring| (ring.vcpu, ring.taken + u64::from(ring.ring.waiting())))
     }
 
     /// Pages may be without a log: the next harvest reports everything as dirty, and healing is due.
@@ -185,6 +195,7 @@ fn drain(
     }
     flush(&mut batch, slot, into)?;
     *taken += count;
+    ring.taken += count;
     ring.full_but_empty = match (full, count) {
         (_, 1..) => 0,
         (true, 0) => ring.full_but_empty + 1,

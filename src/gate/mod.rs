@@ -19,14 +19,17 @@
 //! kick that is cleared by mistake has set the word before, which the seat then sees.
 //!
 //! *Closing* is for slot transactions: all out of `KVM_RUN`, wherever else they are. *Stopping* is for the switchover:
-//! all threads parked in [`Drained::serve`], with pending I/O completed.
+//! all threads parked in [`Drained::serve`], with pending I/O completed. *Resting* is for throttling: one vCPU out for a
+//! while, the others not.
 
 #[cfg(all(loom, test))]
 mod loom_tests;
 mod parked;
+mod rest;
 mod seat;
 mod signal;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,6 +47,10 @@ const CLOSED: u32 = 1;
 const STOP: u32 = 2;
 /// vCPU threads are to end.
 const SHUTDOWN: u32 = 4;
+/// Some vCPU may have to rest: each seat's `rests` says which.
+const THROTTLED: u32 = 8;
+/// What keeps a vCPU out of `KVM_RUN`.
+const KEPT_OUT: u32 = CLOSED | STOP | SHUTDOWN | THROTTLED;
 
 /// How long to wait for a vCPU to leave `KVM_RUN` before calling it an error: far longer than any kernel needs.
 const KICK_LIMIT: Duration = Duration::from_secs(10);
@@ -56,6 +63,8 @@ const IN: u32 = 1;
 #[derive(Debug)]
 struct SeatState {
     state: AtomicU32,
+    /// Not 0: the vCPU has to rest.
+    rests: AtomicU32,
     vcpu: u64,
     kick: Box<dyn Kick>,
 }
@@ -66,6 +75,8 @@ struct Inner {
     seats: Vec<Arc<SeatState>>,
     /// Ids of the vCPUs whose threads are parked.
     parked: Vec<u64>,
+    /// vCPUs that have to rest, and until when.
+    resting: BTreeMap<u64, Instant>,
     /// The gate stays closed for good.
     kept: bool,
     /// Whose state is wanted, and what they answered.
@@ -231,8 +242,8 @@ impl Gate {
         self.word.load(Ordering::SeqCst) & (STOP | SHUTDOWN) != 0
     }
 
-    /// Sleeps in a vCPU thread, outside `KVM_RUN`, for `time` or until the guest is stopped or shut down. Pacing and
-    /// throttling wait here, so that they never delay a stop.
+    /// Sleeps in a vCPU thread, outside `KVM_RUN`, for `time` or until the guest is stopped or shut down. A VMM's own pacing
+    /// waits here, so that it never delays a stop.
     pub fn pause(&self, time: Duration) {
         let deadline = Instant::now() + time;
         let mut inner = self.lock();

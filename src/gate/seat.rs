@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use gleaner_ring::{Entered, Vcpu, VcpuIdentity};
 use kvm_ioctls::VcpuFd;
 
-use super::{CLOSED, Gate, IN, OUT, Parked, SHUTDOWN, STOP, SeatState};
+use super::{CLOSED, Gate, IN, KEPT_OUT, OUT, Parked, SHUTDOWN, STOP, SeatState, THROTTLED};
 use crate::primitive::AtomicU32;
 use crate::{Error, Result};
 
@@ -85,6 +85,7 @@ impl Seat {
     ) -> Result<Self> {
         let state = Arc::new(SeatState {
             state: AtomicU32::new(OUT),
+            rests: AtomicU32::new(0),
             vcpu: id,
             kick: vcpu
                 .kicker(gate.signal)
@@ -114,7 +115,7 @@ impl Seat {
     /// The two stores and loads that every entry costs, without `KVM_RUN`: for measuring.
     #[doc(hidden)]
     pub fn pass(&self) -> bool {
-        let entered = self.enter(CLOSED | STOP | SHUTDOWN).is_ok();
+        let entered = self.enter(KEPT_OUT).is_ok();
         if entered {
             self.leave();
         }
@@ -122,7 +123,7 @@ impl Seat {
     }
 
     /// Enters `KVM_RUN` for a vCPU that no thread runs, unless the gate is closed or the guest stopped. It is inside until it is
-    /// kicked, or leaves by [`Seat::step_out`].
+    /// kicked, or leaves by [`Seat::step_out`]. It never has to rest.
     #[cfg(feature = "mutants")]
     #[must_use]
     pub fn step_in(&self) -> bool {
@@ -143,6 +144,15 @@ impl Seat {
         if word == 0 {
             return Ok(());
         }
+        self.enter_throttled(word)
+    }
+
+    /// The word is not all clear: enters if that is for other vCPUs' rests alone.
+    #[cold]
+    fn enter_throttled(&self, word: u32) -> std::result::Result<(), u32> {
+        if word == THROTTLED && self.state.rests.load(Ordering::SeqCst) == 0 {
+            return Ok(());
+        }
         self.leave();
         Err(word)
     }
@@ -150,7 +160,7 @@ impl Seat {
     #[inline]
     pub(super) fn leave(&self) {
         self.state.state.swap(OUT, Ordering::SeqCst);
-        if self.gate.word.load(Ordering::SeqCst) != 0 {
+        if self.gate.word.load(Ordering::SeqCst) & (CLOSED | STOP | SHUTDOWN) != 0 {
             // Under the lock, so that it can't fall between the closer's look and its wait.
             drop(self.gate.lock());
             self.gate.changed.notify_all();
@@ -170,7 +180,7 @@ impl Seat {
     }
 
     /// Runs the vCPU until it exits to the VMM, or the guest is to be stopped. A closed gate is waited for, an interrupted
-    /// `KVM_RUN` repeated, and a full dirty ring emptied, all inside.
+    /// `KVM_RUN` repeated, a full dirty ring emptied, and what throttling takes is slept, all inside.
     ///
     /// # Errors
     /// [`Error::OtherVcpu`] for a vCPU that the seat was not registered for: a kick would not reach it, nor the harvest its
@@ -182,7 +192,7 @@ impl Seat {
             });
         }
         loop {
-            if let Err(word) = self.enter(CLOSED | STOP | SHUTDOWN) {
+            if let Err(word) = self.enter(KEPT_OUT) {
                 if word & SHUTDOWN != 0 {
                     return Ok(Turn::Shutdown);
                 }
@@ -190,7 +200,11 @@ impl Seat {
                     self.wait_open();
                     continue;
                 }
-                return Ok(Turn::Stopped(Parked::new(self, vcpu)));
+                if word & STOP != 0 {
+                    return Ok(Turn::Stopped(Parked::new(self, vcpu)));
+                }
+                self.rest();
+                continue;
             }
             // SAFETY: the exit is returned, or dropped before `vcpu` is used again; the borrow checker can't see that a
             // borrow which is returned on one path is over on the others.
@@ -245,6 +259,7 @@ impl Drop for Seat {
         let mut inner = self.gate.lock();
         inner.seats.retain(|s| s.vcpu != self.state.vcpu);
         inner.parked.retain(|&v| v != self.state.vcpu);
+        inner.resting.remove(&self.state.vcpu);
         inner.saving.retain(|&v| v != self.state.vcpu);
         self.gate.changed.notify_all();
     }

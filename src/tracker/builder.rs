@@ -1,7 +1,7 @@
 //! Building a tracker.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use gleaner_bitmap::{DirtyStore, Harvester, Layout};
@@ -115,6 +115,7 @@ impl TrackerBuilder {
             pool: self.pool,
             reaper: Arc::new(Reaper::default()),
             transactions: AtomicU64::new(0),
+            throttled: AtomicBool::new(false),
             state: Mutex::new(State {
                 layout: Arc::new(Layout::empty(capabilities.slot_limit)),
                 blocks: BTreeMap::new(),

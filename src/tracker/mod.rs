@@ -3,6 +3,7 @@
 //! One VM-wide lock covers whole transactions, and whole harvests from collecting to publishing: a bit that has left its
 //! source and is not in the store yet can't meet another layout.
 
+mod allowance;
 mod builder;
 mod consumer;
 mod harvest;
@@ -10,10 +11,11 @@ mod logging;
 mod plan;
 mod reaper;
 mod report;
+mod throttle;
 mod transaction;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +30,7 @@ pub use consumer::{Consumer, Leased};
 #[cfg(feature = "cli")]
 pub(crate) use plan::plan;
 pub use report::{Blackout, TransactionReport};
+pub use throttle::Throttling;
 pub use transaction::Transaction;
 
 use crate::gate::{Gate, Seat, StoppedVcpus};
@@ -70,6 +73,8 @@ struct Shared {
     pool: Option<Arc<rayon::ThreadPool>>,
     reaper: Arc<Reaper>,
     transactions: AtomicU64,
+    /// There is a [`Throttling`].
+    throttled: AtomicBool,
     state: Mutex<State>,
 }
 

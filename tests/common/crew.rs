@@ -102,8 +102,18 @@ impl Crew {
 
     /// vCPUs that count in memory and never leave `KVM_RUN` by themselves.
     pub fn spin(tracking: Tracking, vcpus: usize) -> Self {
+        Self::spin_some(tracking, vcpus, |_| true)
+    }
+
+    /// Some vCPUs that count in memory, a page each, while the others sweep.
+    pub fn spin_some(tracking: Tracking, vcpus: usize, spins: fn(usize) -> bool) -> Self {
         let spin = |vcpu: &VcpuFd, index: usize, ram: &Block| {
+            if !spins(index) {
+                return;
+            }
             let mut regs = vcpu.get_regs().unwrap();
+            // Past the program, which the others run.
+            regs.rip |= 0xff0;
             let at = usize::try_from(regs.rip).unwrap();
             ram.memory()
                 .as_volatile_slice()
