@@ -1,7 +1,7 @@
 //! One connection, as it carries pages.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::Duration;
 
 use gleaner_bitmap::{Extent, Generation, PageRange};
 
@@ -24,7 +24,6 @@ struct InFlight {
     /// The Sync after it.
     sync: u64,
     applied: Applied,
-    since: Instant,
 }
 
 /// A connection that carries pages.
@@ -34,8 +33,6 @@ struct InFlight {
 pub(crate) struct Lane<C: Channel + ?Sized> {
     in_flight: VecDeque<InFlight>,
     pub(crate) tally: Tally,
-    /// Seconds from the last question to its answer.
-    pub(crate) round_trip: f64,
     packer: Option<Box<Packer>>,
     pub(crate) link: Link<C>,
 }
@@ -45,7 +42,6 @@ impl<C: Channel> Lane<C> {
         Self {
             in_flight: VecDeque::new(),
             tally: Tally::default(),
-            round_trip: 0.0,
             packer,
             link,
         }
@@ -72,7 +68,6 @@ impl<C: Channel + ?Sized> Lane<C> {
             lease: job.lease,
             sync,
             applied,
-            since: self.link.limits.clock.now(),
         });
         Ok(())
     }
@@ -84,17 +79,15 @@ impl<C: Channel + ?Sized> Lane<C> {
         };
         self.await_applied(job.sync)?;
         job.applied.set();
-        self.round_trip = self.link.limits.clock.since(job.since).as_secs_f64();
         Ok(Some(job.lease))
     }
 
-    /// Asks the destination to say that all before this has been applied, and waits for that.
-    pub(crate) fn settle(&mut self) -> Result<()> {
+    /// The time from a question to its answer.
+    pub(crate) fn round_trip(&mut self) -> Result<Duration> {
         let sync = self.link.send(&Message::Sync, &Payload::None)?;
         let asked = self.link.limits.clock.now();
         self.await_applied(sync)?;
-        self.round_trip = self.link.limits.clock.since(asked).as_secs_f64();
-        Ok(())
+        Ok(self.link.limits.clock.since(asked))
     }
 
     pub(crate) fn await_applied(&mut self, sync: u64) -> Result<()> {

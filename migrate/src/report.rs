@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::policy::Verdict;
-use crate::{Error, MigrationId};
+use crate::policy::{Bounds, Forecast, Verdict};
+use crate::{Error, MigrationId, Throttle};
 
 /// How a migration ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -34,16 +34,42 @@ pub struct Progress {
     pub duration_ms: f64,
     /// Pages dirty after it.
     pub remaining_pages: u64,
-    /// Bytes of page contents a second.
+    /// Pages that the guest has: the most that were ever dirty.
+    pub total_pages: u64,
+    /// Bytes of page contents a second, in the latest rounds.
     pub rate_bytes_per_second: f64,
     /// Pages dirtied a second while it lasted.
     pub dirty_pages_per_second: f64,
     /// The downtime that a switchover now would cost, in milliseconds, when it can be told.
-    pub forecast_downtime_ms: Option<f64>,
+    pub forecast_downtime_ms: Option<Bounds>,
+    /// The time from start to end if it goes on like this, in milliseconds, when it can be told; infinite, which JSON writes
+    /// as null: it does not end by itself.
+    pub forecast_total_ms: Option<Bounds>,
+    /// What slowed the guest down while it lasted.
+    pub throttle: Throttle,
     /// What comes next.
     pub decision: Verdict,
     /// Why.
     pub reason: String,
+}
+
+/// Parts of a downtime, in milliseconds, one after the other.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize)]
+pub struct DowntimeParts {
+    /// Stopping the guest.
+    pub stop: f64,
+    /// Saving its state.
+    pub state: f64,
+    /// The last harvest.
+    pub harvest: f64,
+    /// Sending what it found, until that was applied.
+    pub send: f64,
+    /// Comparing all pages, where that was asked for.
+    pub verify: f64,
+    /// Sending the state, until the destination was READY.
+    pub ready: f64,
+    /// Letting go of the guest, until it was RUNNING there.
+    pub go: f64,
 }
 
 /// How a migration went, at the source.
@@ -79,6 +105,14 @@ pub struct Report {
     pub verified_pages: u64,
     /// Time that comparing took, in milliseconds; it is part of the downtime.
     pub verify_ms: f64,
+    /// What it was made of, when the guest has moved.
+    pub downtime_parts_ms: Option<DowntimeParts>,
+    /// What it was expected to be when the guest was stopped, in milliseconds.
+    pub forecast_downtime_ms: Option<Bounds>,
+    /// By how many milliseconds it was longer than likely then, without the time that comparing took; less than 0: shorter.
+    pub forecast_error_ms: Option<f64>,
+    /// What slowed the guest down in the end.
+    pub throttle: Throttle,
     /// Slot transactions while it lasted.
     pub transactions: u64,
     /// Bytes of page contents a second in the first round, 0 when there was none.
@@ -106,10 +140,27 @@ impl Report {
             downtime_ms: 0.0,
             verified_pages: 0,
             verify_ms: 0.0,
+            downtime_parts_ms: None,
+            forecast_downtime_ms: None,
+            forecast_error_ms: None,
+            throttle: Throttle::Off,
             transactions: 0,
             first_round_bytes_per_second: 0.0,
             progress: Vec::new(),
         }
+    }
+
+    /// The guest is stopped next, and this is expected.
+    pub(crate) fn foretold(&mut self, forecast: Option<&Forecast>) {
+        self.forecast_downtime_ms = forecast.map(|forecast| forecast.downtime.times(1e3));
+    }
+
+    /// The guest runs again, after so many milliseconds.
+    pub(crate) fn became(&mut self, downtime_ms: f64) {
+        self.downtime_ms = downtime_ms;
+        let forecast = self.forecast_downtime_ms;
+        let expected = |forecast: Bounds| forecast.likely + self.verify_ms;
+        self.forecast_error_ms = forecast.map(|forecast| downtime_ms - expected(forecast));
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::policy::{Round, Verdict, bytes_per_second};
-use crate::sender::{Session, millis, unexpected};
+use gleaner_bitmap::PAGE_SIZE;
+
+use crate::policy::{Decision, Round, Verdict};
+use crate::sender::{Session, unexpected};
 use crate::wire::{LayoutBody, Message, Payload};
 use crate::{Error, Harvested, Progress, Result};
 
@@ -26,23 +28,32 @@ impl Session<'_> {
         let mut harvested = self.harvest()?;
         loop {
             let mark = self.mark();
+            let mut sent = None;
             if round > 0 || harvested.dirty_pages > 0 {
                 round += 1;
                 self.send_pages(Some(harvested.dirty_pages))?;
-                let sent = self.round_since(&mark);
-                self.history.push(sent);
+                sent = Some(self.round_since(&mark));
+                // Asked with nothing under way: behind pages an answer waits until the link has taken them. And a
+                // destination that had nothing to do hears that this end is alive.
+                self.history.round_trip_seconds = self.lanes.lead().round_trip()?.as_secs_f64();
             }
             let since = std::mem::replace(&mut harvested_at, self.clock.now());
             harvested = self.harvest()?;
             self.history.remaining_pages = harvested.dirty_pages;
-            self.history.dirty_pages_per_second =
-                harvested.dirty_pages as f64 / self.clock.since(since).as_secs_f64().max(1e-6);
+            let dirty_seconds = self.clock.since(since).as_secs_f64();
+            if let Some(sent) = sent {
+                self.history.push(Round {
+                    dirty_pages: harvested.dirty_pages,
+                    dirty_seconds,
+                    ..sent
+                });
+            }
             let decision = self.decide();
             if round > 0 {
                 let progress = self.progress(round, &mark, &decision);
                 self.tell(progress);
             }
-            Self::obey(&decision)?;
+            self.obey(&decision)?;
             if decision.verdict == Verdict::SwitchOver {
                 return Ok(());
             }
@@ -77,15 +88,7 @@ impl Session<'_> {
             }
             self.send_layout()?;
         }
-        let leased = self.supply.leased();
-        let lead = self.lanes.lead();
-        if leased == 0 {
-            // Tells a destination that has nothing to do that this end is alive. And without leases nothing else shows
-            // that answers come sooner than they once did.
-            lead.settle()?;
-        }
-        self.history.round_trip_seconds = lead.round_trip;
-        Ok(leased)
+        Ok(self.supply.leased())
     }
 
     /// Sends the layout that the destination needs, if it needs one. Nothing is under way on any connection.
@@ -129,29 +132,31 @@ impl Session<'_> {
         Round {
             pages: self.report.pages_sent - mark.pages,
             zero_pages: self.report.zero_pages - mark.zeros,
+            bytes: self.report.bytes_on_wire - mark.bytes,
             seconds: self.clock.since(mark.at).as_secs_f64(),
+            ..Round::default()
         }
     }
 
-    pub(crate) fn progress(
-        &self,
-        round: u32,
-        mark: &Mark,
-        decision: &crate::policy::Decision,
-    ) -> Progress {
+    pub(crate) fn progress(&self, round: u32, mark: &Mark, decision: &Decision) -> Progress {
         let sent = self.round_since(mark);
         Progress {
             round,
             pages_sent: sent.pages,
             zero_pages: sent.zero_pages,
-            bytes: self.report.bytes_on_wire - mark.bytes,
+            bytes: sent.bytes,
             duration_ms: sent.seconds * 1e3,
             remaining_pages: self.history.remaining_pages,
-            rate_bytes_per_second: bytes_per_second(
-                self.history.pages_per_second().unwrap_or_default(),
-            ),
-            dirty_pages_per_second: self.history.dirty_pages_per_second,
-            forecast_downtime_ms: decision.forecast.map(millis),
+            total_pages: self.history.total_pages(),
+            rate_bytes_per_second: PAGE_SIZE as f64
+                * self.history.pages_per_second().unwrap_or_default().likely,
+            dirty_pages_per_second: self.history.dirty_pages_per_second(),
+            forecast_downtime_ms: decision.forecast.map(|f| f.downtime.times(1e3)),
+            forecast_total_ms: decision.forecast.map(|forecast| {
+                let so_far = self.history.elapsed.as_secs_f64();
+                forecast.total(so_far, self.goal.downtime_limit).times(1e3)
+            }),
+            throttle: self.history.throttle,
             decision: decision.verdict,
             reason: decision.reason.clone(),
         }

@@ -29,13 +29,13 @@ use crate::lane::Lane;
 use crate::lanes::Lanes;
 use crate::link::{Failure, Limits, Link, Pace};
 use crate::pack::Packer;
-use crate::policy::{Goal, History, OnTimeout, Verdict};
+use crate::policy::{Decision, Goal, History, OnTimeout, ThrottleGoal, Verdict};
 use crate::supply::Supply;
 use crate::there::There;
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
     Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, Progress,
-    Report, Result, Source, Status, Stream,
+    Report, Result, Source, Status, Stream, Throttle, Throttles,
 };
 
 /// Asked before each switchover: not before it returns true.
@@ -55,6 +55,8 @@ pub struct SenderOptions {
     pub timeout: Option<Duration>,
     /// What happens when it is over. Cancel.
     pub on_timeout: OnTimeout,
+    /// What of a guest that does not converge is slowed down. Nothing.
+    pub throttle: ThrottleGoal,
     /// Connections that pages go over, 1 to [`MAX_CHANNELS`]. 1.
     pub channels: u16,
     /// All pages are compared before the guest may run at the destination: a difference fails the migration. The time
@@ -87,6 +89,7 @@ impl SenderOptions {
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             on_timeout: OnTimeout::default(),
+            throttle: ThrottleGoal::default(),
             channels: 1,
             verify: false,
             compress: Compress::None,
@@ -236,6 +239,7 @@ pub(crate) struct Session<'a> {
     pub(crate) start: Instant,
     name: String,
     pub(crate) verify: bool,
+    throttle: ThrottleGoal,
     pub(crate) goal: Goal,
     pub(crate) hold: Option<Hold>,
     pub(crate) on_progress: Option<OnProgress>,
@@ -255,10 +259,12 @@ impl<'a> Session<'a> {
             clock: options.clock,
             name: options.name,
             verify: options.verify,
+            throttle: options.throttle,
             goal: Goal {
                 downtime_limit: options.downtime_limit,
                 timeout: options.timeout,
                 on_timeout: options.on_timeout,
+                throttle: Throttles::Nothing,
                 held: false,
             },
             hold: options.hold,
@@ -294,6 +300,9 @@ impl<'a> Session<'a> {
     }
 
     fn migrate(&mut self) -> Result<()> {
+        if self.throttle != ThrottleGoal::Never {
+            self.goal.throttle = self.throttle.of(self.supply.source.throttles()?)?;
+        }
         self.precopy()?;
         self.switch_over()
     }
@@ -315,6 +324,7 @@ impl<'a> Session<'a> {
         if let Some(stopped) = self.stopped {
             self.report.downtime_ms = millis(self.clock.since(stopped));
         }
+        self.report.throttle = self.history.throttle;
         self.report.total_ms = millis(self.clock.since(self.start));
         self.count();
         self.lanes.close();
@@ -323,6 +333,9 @@ impl<'a> Session<'a> {
 
     fn end(&mut self, error: Error) {
         let mut reason = error.to_string();
+        if let (Error::TimedOut { .. }, Some(last)) = (&error, self.report.progress.last()) {
+            reason = format!("{reason}; after round {}: {}", last.round, last.reason);
+        }
         let refused = matches!(error, Error::Refused { .. });
         let in_doubt = self.limits().is_committed() && !refused;
         if in_doubt && !mutant::is_planted(Mutant::DoubtTakenForFailure) {
@@ -338,6 +351,13 @@ impl<'a> Session<'a> {
                 _ => Status::Failed,
             };
             self.supply.release();
+            // The end of the attempt lets it go anyway; said all the same, because a guest that stays slow is not noticed.
+            if self.history.throttle != Throttle::Off
+                && self.stopped.is_none()
+                && let Err(error) = self.supply.source.throttle(Throttle::Off)
+            {
+                tracing::warn!(%error, "the guest may still be throttled");
+            }
             // The destination can't run without GO, so the guest needn't wait for it to hear of the end.
             if let Err(error) = self.supply.source.resume() {
                 self.report.status = Status::InDoubt;
@@ -383,20 +403,28 @@ impl<'a> Session<'a> {
     }
 
     /// What the policy says now.
-    pub(crate) fn decide(&mut self) -> crate::policy::Decision {
+    pub(crate) fn decide(&mut self) -> Decision {
         self.goal.held = self.hold.as_mut().is_some_and(|may| !may());
         self.history.elapsed = self.clock.since(self.start);
         crate::policy::decide(&self.history, &self.goal)
     }
 
     /// Goes on only if the decision is to.
-    pub(crate) fn obey(decision: &crate::policy::Decision) -> Result<()> {
+    pub(crate) fn obey(&mut self, decision: &Decision) -> Result<()> {
         match decision.verdict {
-            Verdict::GiveUp => Err(Error::GaveUp {
-                reason: decision.reason.clone(),
-            }),
-            _ => Ok(()),
+            Verdict::GiveUp => {
+                return Err(Error::GaveUp {
+                    reason: decision.reason.clone(),
+                });
+            }
+            Verdict::SwitchOver => self.report.foretold(decision.forecast.as_ref()),
+            Verdict::Throttle(throttle) => {
+                self.supply.source.throttle(throttle)?;
+                self.history.throttle = throttle;
+            }
+            Verdict::Continue | Verdict::Done => {}
         }
+        Ok(())
     }
 }
 

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use gleaner_bitmap::mutant::{self, Mutant};
 
 use crate::policy::{Decision, Verdict};
-use crate::sender::{Session, unexpected};
+use crate::sender::{Session, millis, unexpected};
 use crate::wire::{Message, Payload, StateBody};
-use crate::{Error, Result};
+use crate::{DowntimeParts, Error, Result};
 
 impl Session<'_> {
     /// Stops the guest, sends what is left and its state, and hands it over.
@@ -15,21 +15,33 @@ impl Session<'_> {
     /// An error with `committed` unset means that the destination was never told to run.
     pub(crate) fn switch_over(&mut self) -> Result<()> {
         let mark = self.mark();
-        self.stopped = Some(self.clock.now());
+        let start = self.clock.now();
+        self.stopped = Some(start);
+        let mut parts = DowntimeParts::default();
+        let mut since = start;
+        let mut lap = |session: &Self| {
+            let before = std::mem::replace(&mut since, session.clock.now());
+            millis(since - before)
+        };
         self.supply.source.stop()?;
+        parts.stop = lap(self);
         // Saving state dirties memory, so the last harvest comes after it.
         let mut state = self.supply.source.state()?;
+        parts.state = lap(self);
         let dirty = self.harvest()?.dirty_pages;
         self.supply.last_layout()?;
         self.send_layout()?;
         self.history.remaining_pages = dirty;
+        parts.harvest = lap(self);
         let leased = self.send_pages(None)?;
         if leased < dirty {
             return Err(Error::HeldBack { leased, dirty });
         }
+        parts.send = lap(self);
         if self.verify {
             self.compare_all()?;
         }
+        parts.verify = lap(self);
         if mutant::is_planted(Mutant::StateSavedLast) {
             state = self.supply.source.state()?;
         }
@@ -47,6 +59,8 @@ impl Session<'_> {
                 other => return Err(unexpected(&other, "the destination was to be ready")),
             }
         }
+        parts.ready = lap(self);
+        let link = &mut self.lanes.lead().link;
         link.limits.check()?;
         self.supply.source.relinquish()?;
         link.limits.committed.store(true, Ordering::Relaxed);
@@ -59,6 +73,8 @@ impl Session<'_> {
                 other => return Err(unexpected(&other, "the guest was to run")),
             }
         }
+        parts.go = lap(self);
+        self.report.downtime_parts_ms = Some(parts);
         self.completed(&mark);
         Ok(())
     }
@@ -66,7 +82,7 @@ impl Session<'_> {
     /// The guest runs there. Nothing that fails from here on changes that.
     fn completed(&mut self, mark: &crate::rounds::Mark) {
         if let Some(stopped) = self.stopped.take() {
-            self.report.downtime_ms = crate::sender::millis(self.clock.since(stopped));
+            self.report.became(millis(self.clock.since(stopped)));
         }
         self.history.remaining_pages = 0;
         let done = Decision {

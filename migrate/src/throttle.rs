@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// What is taken from a guest's vCPUs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Throttle {
     /// Nothing: full speed.
     #[default]

@@ -30,7 +30,7 @@ fn cancelled_in_the_middle_the_guest_runs_on() {
     options.downtime_limit = Duration::from_secs(3600);
     options.on_progress = Some(Box::new(move |progress| {
         *seen.lock().unwrap() += 1;
-        assert_eq!(progress.reason, "the switchover is held back");
+        assert!(progress.reason.starts_with("the switchover is held back"));
         if progress.round == 3 {
             cancel.cancel();
         }

@@ -43,7 +43,7 @@ fn say(line: &str) {
 pub fn progress(p: &Progress) {
     let forecast = p
         .forecast_downtime_ms
-        .map_or_else(|| "unknown".into(), |ms| format!("{ms:.0} ms"));
+        .map_or_else(|| "unknown".into(), |ms| format!("{:.0} ms", ms.likely));
     eprintln!(
         "round {}: {} pages and {} zero pages in {:.0} ms ({:.2} GB/s), {} left, dirtied at {:.0} pages/s, downtime {forecast}: {}",
         p.round,

@@ -1,0 +1,221 @@
+//! The decision after each round.
+
+use std::time::Duration;
+
+use gleaner_bitmap::PAGE_SIZE;
+
+use super::steps::{self, Step};
+use super::{Decision, Forecast, Goal, History, OnTimeout, Verdict};
+use crate::units::{Bytes, Seconds};
+use crate::{Throttle, Throttles};
+
+/// Rounds that follow at most once a switchover is within the limit, for the sake of a shorter one.
+pub const EXTRA_ROUNDS: usize = 5;
+/// Another round must be forecast to take this part off the downtime.
+const NOTICEABLE: f64 = 0.1;
+/// And this many seconds: less is lost in the noise of schedulers and timers.
+const NOISE: f64 = 0.001;
+
+/// Decides what comes next. The same history and goal lead to the same decision, always.
+///
+/// * As long as the downtime of a switchover is over the limit, rounds go on.
+/// * Within the limit, they go on while the next one is forecast to take 10 % and 1 ms off the downtime, for at most
+///   [`EXTRA_ROUNDS`]: the guest is stopped where the rest is smallest, not where it fits for the first time.
+/// * A guest that will not come down to the limit, as two rounds have shown, is throttled a step further where that is wished.
+/// * When the time limit is over it ends, as asked.
+#[must_use]
+pub fn decide(history: &History, goal: &Goal) -> Decision {
+    let forecast = Forecast::of(history, goal.downtime_limit);
+    let (verdict, reason) = match (&forecast, goal.timeout) {
+        (_, Some(timeout)) if history.elapsed >= timeout => {
+            time_is_over(history, goal, timeout, forecast.as_ref())
+        }
+        (None, _) => (Verdict::Continue, "no rate is known yet".into()),
+        (Some(forecast), _) if forecast.bound <= goal.downtime_limit.as_secs_f64() => {
+            fits(history, goal, forecast)
+        }
+        (Some(forecast), _) => over_the_limit(history, goal, forecast),
+    };
+    Decision {
+        verdict,
+        forecast,
+        reason,
+    }
+}
+
+fn time_is_over(
+    history: &History,
+    goal: &Goal,
+    timeout: Duration,
+    forecast: Option<&Forecast>,
+) -> (Verdict, String) {
+    let over = format!(
+        "the time limit of {} is over",
+        Seconds(timeout.as_secs_f64())
+    );
+    let downtime = forecast.map_or_else(|| "an unknown time".into(), told);
+    let left = Bytes(history.remaining_pages as f64 * PAGE_SIZE as f64);
+    match goal.on_timeout {
+        OnTimeout::Switchover if goal.held => (
+            Verdict::GiveUp,
+            format!("{over}, and the switchover is still held back"),
+        ),
+        OnTimeout::Switchover => (
+            Verdict::SwitchOver,
+            format!("{over}: switching over, which stops the guest for {downtime}"),
+        ),
+        OnTimeout::Cancel => (
+            Verdict::GiveUp,
+            format!(
+                "{over}: {left} are left, and a switchover would stop the guest for {downtime}"
+            ),
+        ),
+    }
+}
+
+/// A switchover now is within the limit.
+fn fits(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdict, String) {
+    let (downtime, limit) = (told(forecast), Seconds(goal.downtime_limit.as_secs_f64()));
+    if goal.held {
+        let reason = format!("the switchover is held back; it would stop the guest for {downtime}");
+        return (Verdict::Continue, reason);
+    }
+    let (now, next) = (forecast.downtime.likely, forecast.next_downtime);
+    let within =
+        format!("a switchover stops the guest for {downtime}, within the limit of {limit}");
+    if now - next <= NOISE.max(NOTICEABLE * now) {
+        let reason = format!("{within}; another round would not lessen it");
+        return (Verdict::SwitchOver, reason);
+    }
+    let next = Seconds(next);
+    let before = fitting_before(history, goal);
+    if before >= EXTRA_ROUNDS {
+        let reason = format!("{within}, as it was in the {before} rounds before");
+        return (Verdict::SwitchOver, reason);
+    }
+    // What is left does not count here: with more of it there would not be less reason to go on.
+    let late = history.elapsed.as_secs_f64() + history.last_seconds();
+    if goal
+        .timeout
+        .is_some_and(|timeout| late >= timeout.as_secs_f64())
+    {
+        let reason = format!("{within}; another round might not be over in time");
+        return (Verdict::SwitchOver, reason);
+    }
+    let extra = before + 1;
+    (
+        Verdict::Continue,
+        format!("{within}; extra round {extra} of {EXTRA_ROUNDS} is to lessen it to {next}"),
+    )
+}
+
+/// How many of the latest rounds left so little that a switchover fitted, up to the most that is of interest.
+fn fitting_before(history: &History, goal: &Goal) -> usize {
+    std::iter::successors(history.before(), History::before)
+        .take(EXTRA_ROUNDS)
+        .take_while(|earlier| {
+            Forecast::of(earlier, goal.downtime_limit)
+                .is_some_and(|forecast| forecast.bound <= goal.downtime_limit.as_secs_f64())
+        })
+        .count()
+}
+
+fn over_the_limit(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdict, String) {
+    let limit = Seconds(goal.downtime_limit.as_secs_f64());
+    let over = format!(
+        "a switchover would stop the guest for {}, over the limit of {limit}",
+        told(forecast)
+    );
+    if forecast.converges {
+        let until = forecast.until.likely;
+        let when = if until.is_finite() {
+            format!("within it in about {}", Seconds(until))
+        } else {
+            "the next rounds will tell when".into()
+        };
+        let late = too_late(history, goal, until);
+        return (
+            Verdict::Continue,
+            format!("{over}; converging: {when}{late}"),
+        );
+    }
+    let bandwidth = |pages: f64| Bytes(pages * history.bytes_per_page());
+    let sent = history.pages_per_second().unwrap_or_default().likely;
+    let not = format!(
+        "{over}; not converging: {}/s dirtied, {}/s sent, never less than {} left",
+        Bytes(history.dirty_pages_per_second() * PAGE_SIZE as f64),
+        bandwidth(sent),
+        Bytes(forecast.floor_pages * PAGE_SIZE as f64),
+    );
+    match steps::next(history, goal, forecast) {
+        Step::To(throttle) => (
+            Verdict::Throttle(throttle),
+            format!("{not}; {}", throttling(throttle)),
+        ),
+        Step::Exhausted => {
+            let late = too_late(history, goal, f64::INFINITY);
+            let reason = format!("{not}, though it is throttled as far as it goes{late}");
+            (Verdict::Continue, reason)
+        }
+        Step::None => {
+            let late = too_late(history, goal, f64::INFINITY);
+            let help = would_help(history, goal, forecast);
+            (Verdict::Continue, format!("{not}; {help}{late}"))
+        }
+    }
+}
+
+/// What would make it converge.
+fn would_help(history: &History, goal: &Goal, forecast: &Forecast) -> String {
+    let needs = &forecast.needs;
+    let mut ways = Vec::new();
+    if needs.pages_per_second.is_finite() {
+        let bandwidth = Bytes(needs.pages_per_second * history.bytes_per_page());
+        ways.push(format!("a bandwidth of {bandwidth}/s"));
+    }
+    if needs.share > 0.0 && goal.throttle == Throttles::Nothing {
+        ways.push(format!(
+            "a throttle of {:.0} %",
+            ((1.0 - needs.share) * 100.0).ceil()
+        ));
+    }
+    ways.push(format!("a downtime limit of {}", Seconds(needs.downtime)));
+    format!("{} would do", ways.join(" or "))
+}
+
+/// Said when the time limit comes first.
+fn too_late(history: &History, goal: &Goal, until: f64) -> String {
+    let Some(timeout) = goal.timeout else {
+        return String::new();
+    };
+    let left = timeout.saturating_sub(history.elapsed).as_secs_f64();
+    if until < left {
+        return String::new();
+    }
+    let then = match goal.on_timeout {
+        OnTimeout::Cancel => "ends it",
+        OnTimeout::Switchover => "switches over at any downtime",
+    };
+    format!(", but the time limit {then} in {}", Seconds(left))
+}
+
+fn throttling(throttle: Throttle) -> String {
+    match throttle {
+        Throttle::Off => "throttle off".into(),
+        Throttle::All { percent } => format!("all vCPUs are throttled by {percent} %"),
+        Throttle::Writers { pages_per_second } => format!(
+            "each vCPU may dirty {}/s at most",
+            Bytes(pages_per_second.get() as f64 * PAGE_SIZE as f64)
+        ),
+    }
+}
+
+fn told(forecast: &Forecast) -> String {
+    let downtime = forecast.downtime;
+    format!(
+        "{} ({} to {})",
+        Seconds(downtime.likely),
+        Seconds(downtime.low),
+        Seconds(downtime.high)
+    )
+}
