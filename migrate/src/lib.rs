@@ -78,6 +78,7 @@ mod throttle;
 mod tls;
 pub mod units;
 mod verify;
+mod watch;
 pub mod wire;
 mod written;
 mod zero;
@@ -106,3 +107,4 @@ pub use stream::Stream;
 pub use throttle::{Throttle, Throttles};
 #[cfg(feature = "tls")]
 pub use tls::{TlsClient, TlsServer, TlsStream};
+pub use watch::{OnTick, Tick};

@@ -32,9 +32,10 @@ use crate::pack::Packer;
 use crate::policy::{Decision, Goal, History, OnTimeout, ThrottleGoal, Verdict};
 use crate::supply::Supply;
 use crate::there::There;
+use crate::watch::Watch;
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
-    Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, Progress,
+    Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, OnTick, Progress,
     Report, Result, Source, Status, Stream, Throttle, Throttles,
 };
 
@@ -53,7 +54,7 @@ pub struct SenderOptions {
     pub downtime_limit: Duration,
     /// The most time in total. None.
     pub timeout: Option<Duration>,
-    /// What happens when it is over. Cancel.
+    /// What happens when it is over; a round under way is cut short for it. Cancel.
     pub on_timeout: OnTimeout,
     /// What of a guest that does not converge is slowed down. Nothing.
     pub throttle: ThrottleGoal,
@@ -77,6 +78,8 @@ pub struct SenderOptions {
     pub hold: Option<Hold>,
     /// Told of each round.
     pub on_progress: Option<OnProgress>,
+    /// Told how far a round is, at most ten times a second. A callback may take its time: nothing is sent meanwhile.
+    pub on_tick: Option<OnTick>,
 }
 
 impl SenderOptions {
@@ -99,6 +102,7 @@ impl SenderOptions {
             clock: Clock::real(),
             hold: None,
             on_progress: None,
+            on_tick: None,
         }
     }
 }
@@ -250,12 +254,19 @@ pub(crate) struct Session<'a> {
 
 impl<'a> Session<'a> {
     fn new(source: &'a mut dyn Source, options: SenderOptions, lanes: Lanes<'a>) -> Self {
+        let start = options.clock.now();
+        // Of one that ends the migration the links know.
+        let end = options
+            .timeout
+            .filter(|_| options.on_timeout == OnTimeout::Switchover)
+            .and_then(|limit| start.checked_add(limit));
+        let watch = Watch::new(options.clock.clone(), end, options.on_tick);
         Self {
-            supply: Supply::new(source, options.channels.into()),
+            supply: Supply::new(source, options.channels.into(), watch),
             lanes,
             there: There::new(options.compress != Compress::None),
             report: Report::new(options.id),
-            start: options.clock.now(),
+            start,
             clock: options.clock,
             name: options.name,
             verify: options.verify,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use gleaner_bitmap::{Generation, Layout};
 
 use crate::job::{self, Job};
+use crate::watch::Watch;
 use crate::{Error, Harvested, LeaseId, LeasedPart, PageLease, Result, Source};
 
 /// Pages in a lease: 16 MiB for each connection, up to a number of them.
@@ -48,10 +49,11 @@ pub(crate) struct Supply<'a> {
     ahead: Option<Layout>,
     /// A lease under that layout.
     held: Option<PageLease>,
+    watch: Watch,
 }
 
 impl<'a> Supply<'a> {
-    pub(crate) fn new(source: &'a mut dyn Source, lanes: usize) -> Self {
+    pub(crate) fn new(source: &'a mut dyn Source, lanes: usize, watch: Watch) -> Self {
         Self {
             source,
             open: BTreeMap::new(),
@@ -64,14 +66,16 @@ impl<'a> Supply<'a> {
             same: Generation::default(),
             ahead: None,
             held: None,
+            watch,
         }
     }
 
-    /// Begins a round of up to `limit` pages, or of all there are.
+    /// Begins a round of up to `limit` pages, or of all there are, with the guest stopped.
     pub(crate) fn begin(&mut self, limit: Option<u64>) {
         self.left = limit.unwrap_or(u64::MAX);
         self.all = limit.is_none();
         self.leased = 0;
+        self.watch.begin();
     }
 
     /// Pages leased in this round.
@@ -84,7 +88,8 @@ impl<'a> Supply<'a> {
             if let Some(job) = self.jobs.pop_front() {
                 return Ok(Next::Job(job));
             }
-            if self.ahead.is_some() || self.left == 0 {
+            let over = !self.all && self.watch.is_over();
+            if self.ahead.is_some() || self.left == 0 || over {
                 return Ok(Next::Nothing);
             }
             let most = LEASE_PAGES * self.lanes.min(MOST_SHARES);
@@ -94,6 +99,9 @@ impl<'a> Supply<'a> {
                     let pages = lease.pages();
                     self.leased += pages;
                     self.left = self.left.saturating_sub(pages);
+                    if !self.all {
+                        self.watch.tick(self.leased, self.left);
+                    }
                     if self.needs_layout(lease.generation)? {
                         self.held = Some(lease);
                     } else {

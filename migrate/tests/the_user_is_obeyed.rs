@@ -102,11 +102,76 @@ fn the_time_limit_cancels_or_switches_over() {
     }
 }
 
+/// So slow that pages are sent for seconds.
+const SLOW: u64 = 1 << 20;
+
+#[test]
+fn a_round_is_cut_short_when_it_is_time_to_switch_over() {
+    let source = ToySource::scripted(10_000, busy); // three leases
+    let mut options = options();
+    options.downtime_limit = Duration::ZERO;
+    options.bandwidth_limit = Some(32 * SLOW);
+    options.timeout = Some(Duration::from_millis(100));
+    options.on_timeout = OnTimeout::Switchover;
+    let (near, far) = pair();
+    let place = ToyDestination::default();
+    let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
+    assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
+    assert!(
+        report.progress[0].pages_sent < 10_000,
+        "{:?}",
+        report.progress
+    );
+    assert_same(&source, &place);
+}
+
+#[test]
+fn a_guest_faster_than_the_link_is_throttled_and_let_go_again() {
+    for (goal, expected) in [
+        (ThrottleGoal::Auto, "writers"),
+        (ThrottleGoal::Writers, "writers"),
+        (ThrottleGoal::All, "all"),
+    ] {
+        let source = ToySource::scripted(500, busy);
+        let mut options = options();
+        let cancel = options.cancel.clone();
+        let guest = source.clone();
+        options.throttle = goal;
+        options.downtime_limit = Duration::from_millis(50);
+        options.bandwidth_limit = Some(16 * SLOW); // 120 ms for all pages
+        options.timeout = Some(Duration::from_secs(30));
+        options.on_progress = Some(Box::new(move |progress| {
+            let throttle = guest.guest().throttle;
+            assert_eq!(progress.throttle, throttle, "{progress:?}");
+            let name = format!("{throttle:?}").to_lowercase();
+            if name.starts_with(expected) {
+                cancel.cancel();
+            }
+            assert!(name == "off" || name.starts_with(expected), "{name}");
+        }));
+        let (near, far) = pair();
+        let place = ToyDestination::default();
+        let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
+        assert_eq!(report.status, Status::Cancelled, "{:?}", report.reason);
+        let guest = source.guest();
+        assert_eq!(guest.throttle, Throttle::Off);
+        // Told, not only let go by the end.
+        assert!(
+            guest
+                .calls
+                .iter()
+                .filter(|call| **call == "throttle")
+                .count()
+                >= 2
+        );
+    }
+}
+
 #[test]
 fn the_bandwidth_limit_is_kept() {
     let source = ToySource::new(300); // 100 pages with contents: 400 KiB
     let mut options = options();
-    options.bandwidth_limit = Some(1 << 20);
+    options.bandwidth_limit = Some(SLOW);
     let (near, far) = pair();
     let place = ToyDestination::default();
     let start = Instant::now();
