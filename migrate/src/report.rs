@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::policy::{Bounds, Forecast, Verdict};
+use crate::policy::{Bounds, Curve, Forecast, Verdict};
 use crate::{Error, MigrationId, Throttle};
 
 /// How a migration ended.
@@ -32,12 +32,22 @@ pub struct Progress {
     pub bytes: u64,
     /// Time it took, in milliseconds.
     pub duration_ms: f64,
+    /// Time since the migration began, in milliseconds.
+    pub elapsed_ms: f64,
     /// Pages dirty after it.
     pub remaining_pages: u64,
     /// Pages that the guest has: the most that were ever dirty.
     pub total_pages: u64,
     /// Bytes of page contents a second, in the latest rounds.
     pub rate_bytes_per_second: f64,
+    /// Time in which they were dirtied, in milliseconds: from the harvest before to the one after.
+    pub dirty_ms: f64,
+    /// Time that the harvest after it took, in milliseconds.
+    pub harvest_ms: f64,
+    /// Time from a question to its answer over the stream, in milliseconds.
+    pub round_trip_ms: f64,
+    /// What the guest dirties in a given time, after this round and those before.
+    pub curve: Option<Curve>,
     /// Pages dirtied a second while it lasted.
     pub dirty_pages_per_second: f64,
     /// The downtime that a switchover now would cost, in milliseconds, when it can be told.

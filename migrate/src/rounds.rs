@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use gleaner_bitmap::PAGE_SIZE;
 
-use crate::policy::{Decision, Round, Verdict};
-use crate::sender::{Session, unexpected};
+use crate::policy::{Curve, Decision, Round, Verdict};
+use crate::sender::{Session, millis, unexpected};
 use crate::wire::{LayoutBody, Message, Payload};
 use crate::{Error, Harvested, Progress, Result};
 
@@ -146,10 +146,15 @@ impl Session<'_> {
             zero_pages: sent.zero_pages,
             bytes: sent.bytes,
             duration_ms: sent.seconds * 1e3,
+            elapsed_ms: millis(self.clock.since(self.start)),
             remaining_pages: self.history.remaining_pages,
             total_pages: self.history.total_pages(),
             rate_bytes_per_second: PAGE_SIZE as f64
                 * self.history.pages_per_second().unwrap_or_default().likely,
+            dirty_ms: self.history.dirty_seconds() * 1e3,
+            harvest_ms: self.history.harvest_seconds * 1e3,
+            round_trip_ms: self.history.round_trip_seconds * 1e3,
+            curve: Curve::of(&self.history),
             dirty_pages_per_second: self.history.dirty_pages_per_second(),
             forecast_downtime_ms: decision.forecast.map(|f| f.downtime.times(1e3)),
             forecast_total_ms: decision.forecast.map(|forecast| {

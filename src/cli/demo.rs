@@ -20,6 +20,7 @@ use super::Failure;
 use super::options::{GuestOptions, MigrationOptions, cancel_on_signal};
 use super::output::Output;
 use super::send::{exit_code, summary};
+use super::trace::Trace;
 use super::units::Churn;
 use crate::service::{Attach, Service, ServiceClient};
 use crate::vmm::churn::Kind;
@@ -67,6 +68,7 @@ impl Demo {
         if self.compare_apply {
             return super::compare::run(output);
         }
+        let trace = self.migration.trace().map_err(output.failure())?;
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
         let mut machine = Machine::new(&self.guest.machine(Some(Churn(Some(200.0)))))
@@ -103,7 +105,14 @@ impl Demo {
                 },
             );
             let receiving = scope.spawn(|| receiver.listen(&listener));
-            let report = self.send(&control, &address, &tracker, cancel.clone(), output);
+            let report = self.send(
+                &control,
+                &address,
+                &tracker,
+                &cancel,
+                trace.as_ref(),
+                output,
+            );
             if report.is_err() {
                 not_coming.cancel();
             }
@@ -150,7 +159,8 @@ impl Demo {
         control: &std::path::Path,
         to: &Address,
         tracker: &Tracker,
-        cancel: CancelToken,
+        cancel: &CancelToken,
+        trace: Option<&Trace>,
         output: Output,
     ) -> Result<Report, Failure> {
         let id = MigrationId::random().map_err(output.failure())?;
@@ -158,11 +168,15 @@ impl Demo {
             Attach::Ready(source) => source,
             Attach::InDoubt(..) => return Err(output.failure()("a fresh service is in doubt")),
         };
-        let mut options = self.migration.sender(id, cancel);
+        let mut options = self.migration.sender(id, cancel.clone(), trace);
         let (tracker, before, wanted) =
             (tracker.clone(), tracker.transactions(), self.transactions);
         options.hold = Some(Box::new(move || tracker.transactions() - before >= wanted));
-        Ok(Sender::new(&mut source, options).run_to(&Connector::new(to.clone())))
+        let report = Sender::new(&mut source, options).run_to(&Connector::new(to.clone()));
+        if let Some(trace) = trace {
+            trace.end(&report);
+        }
+        Ok(report)
     }
 
     fn tell(

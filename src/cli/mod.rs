@@ -5,8 +5,10 @@ mod demo;
 mod guest;
 mod options;
 mod output;
+mod progress;
 mod receive;
 mod send;
+mod trace;
 mod units;
 
 use std::process::ExitCode;

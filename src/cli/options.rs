@@ -6,9 +6,11 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use gleaner_migrate::{
     Address, CancelToken, Compress, Connector, Listener, MigrationId, OnTimeout, SenderOptions,
+    ThrottleGoal,
 };
 
-use super::units;
+use super::trace::Trace;
+use super::{progress, units};
 use crate::Tracking;
 use crate::vmm::churn::{ChurnConfig, Kind};
 use crate::vmm::guest::Workload;
@@ -129,6 +131,13 @@ pub struct MigrationOptions {
     /// What happens when it is over.
     #[arg(long, value_enum, default_value_t = AtTimeout::Cancel)]
     pub on_timeout: AtTimeout,
+    /// What is slowed down of a guest that does not converge: auto is the writers where the guest can tell them, else all
+    /// vCPUs.
+    #[arg(long, value_enum, default_value_t = Slow::Never)]
+    pub throttle: Slow,
+    /// Record the rounds in this file, as JSON lines.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
 }
 
 /// How the ends of a migration know each other.
@@ -183,10 +192,33 @@ pub enum AtTimeout {
     Switchover,
 }
 
+/// What of a guest that does not converge is slowed down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Slow {
+    /// Nothing.
+    Never,
+    /// What hurts the guest least.
+    Auto,
+    /// All vCPUs alike.
+    All,
+    /// vCPUs that dirty too much memory.
+    Writers,
+}
+
 impl MigrationOptions {
-    /// A sender's options, progress on standard error.
-    pub fn sender(&self, id: MigrationId, cancel: CancelToken) -> SenderOptions {
-        SenderOptions {
+    /// The trace that is asked for.
+    pub fn trace(&self) -> Result<Option<Trace>, String> {
+        self.trace.as_deref().map(Trace::create).transpose()
+    }
+
+    /// A sender's options, progress on standard error and in the trace, which begins here.
+    pub fn sender(
+        &self,
+        id: MigrationId,
+        cancel: CancelToken,
+        trace: Option<&Trace>,
+    ) -> SenderOptions {
+        let mut options = SenderOptions {
             name: format!("gleaner {}", env!("CARGO_PKG_VERSION")),
             channels: self.channels,
             verify: self.verify,
@@ -201,11 +233,21 @@ impl MigrationOptions {
                 AtTimeout::Cancel => OnTimeout::Cancel,
                 AtTimeout::Switchover => OnTimeout::Switchover,
             },
+            throttle: match self.throttle {
+                Slow::Never => ThrottleGoal::Never,
+                Slow::Auto => ThrottleGoal::Auto,
+                Slow::All => ThrottleGoal::All,
+                Slow::Writers => ThrottleGoal::Writers,
+            },
             bandwidth_limit: self.bandwidth_limit,
             cancel,
-            on_progress: Some(Box::new(super::output::progress)),
             ..SenderOptions::new(id)
+        };
+        if let Some(trace) = trace {
+            trace.start(id, &options);
         }
+        progress::follow(&mut options, trace.cloned());
+        options
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::io::Write;
 
-use gleaner_migrate::Progress;
 use serde::Serialize;
 use serde_json::json;
 
@@ -37,22 +36,4 @@ impl Output {
 /// A line on standard output. Whoever reads it may have seen enough and be gone.
 fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
-}
-
-/// One line for a round.
-pub fn progress(p: &Progress) {
-    let forecast = p
-        .forecast_downtime_ms
-        .map_or_else(|| "unknown".into(), |ms| format!("{:.0} ms", ms.likely));
-    eprintln!(
-        "round {}: {} pages and {} zero pages in {:.0} ms ({:.2} GB/s), {} left, dirtied at {:.0} pages/s, downtime {forecast}: {}",
-        p.round,
-        p.pages_sent,
-        p.zero_pages,
-        p.duration_ms,
-        p.rate_bytes_per_second / 1e9,
-        p.remaining_pages,
-        p.dirty_pages_per_second,
-        p.reason
-    );
 }

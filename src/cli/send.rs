@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use gleaner_migrate::units::Seconds;
 use gleaner_migrate::{
     Address, CancelToken, Error, MigrationId, Outcome, Report, Sender, Status, query, resolve,
 };
@@ -42,6 +43,7 @@ impl Send {
     /// Migrates.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
+        let trace = self.migration.trace().map_err(output.failure())?;
         let id = MigrationId::random().map_err(output.failure())?;
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
@@ -63,9 +65,12 @@ impl Send {
             Ok(to) => to,
             Err(error) => return Ok(give_up(output, id, &error)),
         };
-        let options = self.migration.sender(id, cancel);
+        let options = self.migration.sender(id, cancel, trace.as_ref());
         let report = Sender::new(&mut source, options).run_to(&to);
-        output.result(&report, || summary(&report));
+        if let Some(trace) = trace {
+            trace.end(&report);
+        }
+        output.result(&report, || summary(&report) + &foretold(&report));
         Ok(exit_code(&report))
     }
 }
@@ -148,6 +153,21 @@ pub fn summary(report: &Report) -> String {
         report.total_ms,
         report.downtime_ms,
         report.transactions
+    )
+}
+
+/// How far the downtime was from its forecast, for people.
+fn foretold(report: &Report) -> String {
+    let (Some(forecast), Some(off)) = (report.forecast_downtime_ms, report.forecast_error_ms)
+    else {
+        return String::new();
+    };
+    let than = if off < 0.0 { "shorter" } else { "longer" };
+    let [likely, low, high] =
+        [forecast.likely, forecast.low, forecast.high].map(|ms| Seconds(ms / 1e3));
+    format!(
+        "; downtime was {} {than} than the forecast of {likely} ({low} to {high})",
+        Seconds(off.abs() / 1e3)
     )
 }
 

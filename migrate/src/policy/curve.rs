@@ -1,5 +1,7 @@
 //! The dirty curve: how many different pages a guest dirties in a given time.
 
+use serde::Serialize;
+
 use super::{Bounds, History};
 
 /// Pages dirtied after `t` seconds, as `factor * t^power`.
@@ -7,15 +9,17 @@ use super::{Bounds, History};
 /// A guest that writes all over its memory dirties in proportion to the time (power 1); one that comes back to the same pages
 /// has soon dirtied them all (power near 0). Each round has measured one point: the seconds between two harvests, and the pages
 /// that the second one found. The less their times differ, the less of the power is to be seen, and the nearer to 1 it counts.
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Curve {
     factor: f64,
     power: f64,
     /// Standard deviation of the points from the curve, as a natural logarithm.
     deviation: f64,
     /// Shortest and longest time that was measured: natural logarithms of seconds.
+    #[serde(skip)]
     measured: (f64, f64),
     /// There are no more pages.
+    #[serde(skip)]
     total: f64,
 }
 

@@ -115,6 +115,13 @@ impl History {
         self.rounds.back().map_or(0.0, |last| last.round.seconds)
     }
 
+    /// Seconds between the last two harvests; none before the first round.
+    pub(crate) fn dirty_seconds(&self) -> f64 {
+        self.rounds
+            .back()
+            .map_or(0.0, |last| last.round.dirty_seconds)
+    }
+
     /// The latest rounds that passed under the throttle in force, the last one first. All of them when there is none yet.
     pub(super) fn alike(&self) -> Vec<Round> {
         let alike: Vec<Round> = self
