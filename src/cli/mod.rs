@@ -2,6 +2,7 @@
 
 mod compare;
 mod demo;
+mod dry_run;
 mod guest;
 mod options;
 mod output;

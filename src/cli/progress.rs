@@ -34,6 +34,7 @@ pub fn follow(options: &mut SenderOptions, trace: Option<Trace>) {
 struct Line {
     in_place: bool,
     shown: Instant,
+    drawn: bool,
 }
 
 impl Line {
@@ -41,11 +42,13 @@ impl Line {
         Self {
             in_place: std::io::stderr().is_terminal(),
             shown: Instant::now(),
+            drawn: false,
         }
     }
 
     fn show(&mut self, text: &str) {
         self.shown = Instant::now();
+        self.drawn = true;
         let mut stderr = std::io::stderr().lock();
         // Whoever watched may be gone. On a terminal: back to the start, cut at the edge, and clear what was longer.
         let _ = if self.in_place {
@@ -66,7 +69,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        if self.in_place {
+        if self.in_place && self.drawn {
             eprintln!();
         }
     }

@@ -10,9 +10,10 @@ use gleaner_migrate::{
     Address, CancelToken, Error, MigrationId, Outcome, Report, Sender, Status, query, resolve,
 };
 
-use super::Failure;
 use super::options::{MigrationOptions, TlsOptions, cancel_on_signal};
 use super::output::Output;
+use super::trace::Trace;
+use super::{Failure, dry_run};
 use crate::service::{Attach, ServiceClient};
 
 /// How long a destination may take to say what became of an earlier attempt.
@@ -28,12 +29,16 @@ pub struct Send {
     #[arg(long, value_name = "PATH")]
     pub control: PathBuf,
     /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or file:PATH.
-    #[arg(long, value_name = "ADDR")]
-    pub to: Address,
+    #[arg(long, value_name = "ADDR", required_unless_present = "dry_run")]
+    pub to: Option<Address>,
     #[command(flatten)]
     pub migration: MigrationOptions,
     #[command(flatten)]
     pub tls: TlsOptions,
+    /// Only tell whether it would converge, from a look at the guest for about 2 s: nothing is sent, nobody is connected
+    /// to. The link is taken to carry --bandwidth-limit, or 1G.
+    #[arg(long)]
+    pub dry_run: bool,
     /// Print one JSON object on standard output.
     #[arg(long)]
     pub json: bool,
@@ -47,14 +52,14 @@ impl Send {
         let id = MigrationId::random().map_err(output.failure())?;
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
-        let to = self.tls.connector(self.to.clone());
+        let Some(address) = self.to.as_ref().filter(|_| !self.dry_run) else {
+            return self.rehearse(output, id, cancel, trace.as_ref());
+        };
+        let to = self.tls.connector(address.clone());
         let mut source = match ServiceClient::attach(&self.control, id) {
             Ok(Attach::Ready(source)) => source,
             Ok(Attach::InDoubt(source, earlier)) => {
-                eprintln!(
-                    "gleaner: migration {earlier} is in doubt, asking {}",
-                    self.to
-                );
+                eprintln!("gleaner: migration {earlier} is in doubt, asking {address}");
                 let outcome = to.and_then(|to| query(&to, earlier, QUERY_PATIENCE));
                 return Ok(settle(output, source, earlier, outcome));
             }
@@ -72,6 +77,26 @@ impl Send {
         }
         output.result(&report, || summary(&report) + &foretold(&report));
         Ok(exit_code(&report))
+    }
+
+    fn rehearse(
+        &self,
+        output: Output,
+        id: MigrationId,
+        cancel: CancelToken,
+        trace: Option<&Trace>,
+    ) -> Result<ExitCode, Failure> {
+        match ServiceClient::attach(&self.control, id).map_err(output.failure())? {
+            Attach::Ready(mut source) => {
+                let options = self.migration.sender(id, cancel, trace);
+                dry_run::run(&mut source, &options, trace, output)
+            }
+            Attach::InDoubt(_, earlier) => {
+                let doubt =
+                    format!("migration {earlier} is in doubt: settle it first, without --dry-run");
+                Err(output.failure()(doubt))
+            }
+        }
     }
 }
 

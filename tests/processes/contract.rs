@@ -63,6 +63,10 @@ fn wrong_usage_is_2_and_names_the_fault() {
             "\"fast\" is no size",
         ),
         (with(&send, &["--on-timeout", "pray"]), "cancel, switchover"),
+        (
+            with(&send, &["--throttle", "hard"]),
+            "never, auto, all, writers",
+        ),
         (vec!["receive", "--listen", "rdma:x"], "unknown scheme"),
         (vec!["receive", "--listen", "tcp:x"], "no port"),
         (

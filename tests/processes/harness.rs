@@ -238,9 +238,14 @@ pub struct Guest {
 
 impl Guest {
     pub fn start(place: &Place, more: &[&str]) -> Self {
+        Self::writing(place, "2000", more)
+    }
+
+    /// One that writes so many pages a second.
+    pub fn writing(place: &Place, rate: &str, more: &[&str]) -> Self {
         let (control, ram) = (place.arg("control"), place.arg("ram"));
         let mut args = vec!["guest", "--control", &control, "--ram", RAM, "--ram-file"];
-        args.extend([&*ram, "--write-rate", "2000", "--churn", "100"]);
+        args.extend([&*ram, "--write-rate", rate, "--churn", "100"]);
         args.extend(more);
         let mut process = Process::start(&args);
         process.says("guest runs");

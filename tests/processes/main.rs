@@ -7,6 +7,7 @@ mod bad_streams;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod convergence;
 mod cuts;
 mod demo;
 mod disk;

@@ -20,6 +20,7 @@ mod curve;
 mod decide;
 mod forecast;
 mod history;
+pub(crate) mod rehearsal;
 #[cfg(test)]
 mod simulated;
 mod steps;

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Bounds, Decision, GO, Goal, History, Round, STATE, STOP, Verdict};
-use crate::policy::BUILD;
+pub(super) use super::rehearsal::Road;
+use super::rehearsal::rehearse;
+use super::{BUILD, Bounds, Decision, GO, Goal, History, STATE, STOP, Verdict};
 use crate::{Throttle, Throttles};
 
 /// What a guest does. Times are seconds since the migration began.
@@ -17,15 +18,6 @@ pub(super) struct Guest {
     pub(super) writes: fn(f64) -> f64,
     /// Writes a second all over its memory.
     pub(super) cold: f64,
-}
-
-/// The way to the destination.
-#[derive(Clone, Copy)]
-pub(super) struct Road {
-    /// Pages a second.
-    pub(super) rate: f64,
-    pub(super) round_trip: f64,
-    pub(super) harvest: f64,
 }
 
 pub(super) const ROAD: Road = Road {
@@ -71,61 +63,28 @@ impl Guest {
         &self,
         road: Road,
         rounds: u32,
-        mut choose: impl FnMut(&History) -> Decision,
+        choose: impl FnMut(&History) -> Decision,
     ) -> Course {
-        let mut history = History::default();
-        history.harvest_seconds = road.harvest;
-        history.round_trip_seconds = road.round_trip;
-        let (mut now, mut remaining) = (0.0, self.pages);
-        let mut number = 0;
-        loop {
-            number += 1;
-            let began = now;
-            let seconds = remaining / road.rate + road.round_trip;
-            now += seconds + road.round_trip + road.harvest;
-            let dirty = self.dirtied(began, now, history.throttle);
-            history.push(Round {
-                pages: count(remaining),
-                zero_pages: 0,
-                bytes: count(remaining * 4096.0),
-                seconds,
-                dirty_pages: count(dirty),
-                dirty_seconds: now - began,
-            });
-            history.elapsed = Duration::from_secs_f64(now);
-            remaining = dirty.floor();
-            let last = choose(&history);
-            let mut downtime = 0.0;
-            match last.verdict {
-                Verdict::Throttle(throttle) => history.throttle = throttle,
-                Verdict::SwitchOver => {
-                    let stopping = STOP.likely + road.harvest;
-                    let late = self.dirtied(now, now + stopping, history.throttle);
-                    let likely = |costs: &[Bounds]| costs.iter().map(|c| c.likely).sum::<f64>();
-                    downtime = stopping
-                        + (remaining + late) / road.rate
-                        + 3.0 * road.round_trip
-                        + likely(&[STATE, BUILD, GO]);
-                }
-                _ => {}
-            }
-            let over = matches!(last.verdict, Verdict::SwitchOver | Verdict::GiveUp);
-            if over || number == rounds {
-                return Course {
-                    last,
-                    rounds: number,
-                    seconds: now,
-                    downtime,
-                    throttle: history.throttle,
-                };
-            }
+        let dirtied = |from, to, throttle| self.dirtied(from, to, throttle);
+        let went = rehearse(road, self.pages, rounds, dirtied, choose);
+        let mut downtime = 0.0;
+        if went.last.verdict == Verdict::SwitchOver {
+            let stopping = STOP.likely + road.harvest;
+            let late = self.dirtied(went.seconds, went.seconds + stopping, went.throttle);
+            let likely = |costs: &[Bounds]| costs.iter().map(|c| c.likely).sum::<f64>();
+            downtime = stopping
+                + (went.remaining + late) / road.rate
+                + 3.0 * road.round_trip
+                + likely(&[STATE, BUILD, GO]);
+        }
+        Course {
+            last: went.last,
+            rounds: went.rounds,
+            seconds: went.seconds,
+            downtime,
+            throttle: went.throttle,
         }
     }
-}
-
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturates
-fn count(pages: f64) -> u64 {
-    pages as u64
 }
 
 /// With a limit of 300 ms, which leaves about 28,000 pages.
