@@ -34,6 +34,7 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
     let rounds = plan.pick(100, 2);
     let mut downtimes = Vec::new();
     let mut off = Vec::new();
+    let mut within = 0;
     let mut machine = first()?;
     // The first one warms up.
     for round in 0..=rounds {
@@ -41,9 +42,11 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
         machine = arrived;
         if round > 0 {
             downtimes.push(report.downtime_ms);
-            if let Some(forecast) = forecast_of(&report) {
-                off.push((forecast / report.downtime_ms - 1.0).abs() * 100.0);
-            }
+            let forecast = report
+                .forecast_downtime_ms
+                .ok_or("downtime: a switchover without a forecast")?;
+            off.push((forecast.likely / report.downtime_ms - 1.0).abs() * 100.0);
+            within += usize::from(report.downtime_ms <= forecast.high);
         }
     }
     let check = machine.check(std::time::Duration::from_secs(60))?;
@@ -57,7 +60,9 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
         RAM >> 20,
         HOT >> 20
     );
-    let forecasts = format!("of the downtime, {} forecasts", off.len());
+    let forecasts = format!(
+        "forecasts beside the downtimes; {within} of {rounds} were no longer than their upper bound"
+    );
     Ok(vec![
         Row::new(
             median,
@@ -81,16 +86,6 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
             forecasts,
         ),
     ])
-}
-
-/// What the switchover was begun with.
-fn forecast_of(report: &Report) -> Option<f64> {
-    let before = report
-        .progress
-        .iter()
-        .rev()
-        .find_map(|round| round.forecast_downtime_ms)?;
-    (report.downtime_ms > 0.0).then_some(before)
 }
 
 fn first() -> Result<Machine> {

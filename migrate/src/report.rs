@@ -111,12 +111,12 @@ pub struct Report {
     pub total_ms: f64,
     /// Time in which the guest ran nowhere, in milliseconds; 0 when it was never stopped.
     pub downtime_ms: f64,
+    /// What it was made of, when the guest has moved.
+    pub downtime_parts_ms: Option<DowntimeParts>,
     /// Pages that the destination has compared with the source's; 0 unless that was asked for.
     pub verified_pages: u64,
     /// Time that comparing took, in milliseconds; it is part of the downtime.
     pub verify_ms: f64,
-    /// What it was made of, when the guest has moved.
-    pub downtime_parts_ms: Option<DowntimeParts>,
     /// What it was expected to be when the guest was stopped, in milliseconds.
     pub forecast_downtime_ms: Option<Bounds>,
     /// By how many milliseconds it was longer than likely then, without the time that comparing took; less than 0: shorter.

@@ -35,8 +35,8 @@ use crate::there::There;
 use crate::watch::Watch;
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
-    Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, OnTick, Progress,
-    Report, Result, Source, Status, Stream, Throttle, Throttles,
+    Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, OnTick,
+    Progress, Report, Result, Source, Status, Stream, Throttle, Throttles,
 };
 
 /// Asked before each switchover: not before it returns true.
