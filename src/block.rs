@@ -59,7 +59,7 @@ impl Block {
             block: name.into(),
             source,
         };
-        let pages = pages_of("block length", bytes)?;
+        pages_of("block length", bytes)?;
         let actual = file.metadata().map_err(fail)?.len();
         if actual != bytes {
             return Err(fail(io::Error::new(
@@ -67,8 +67,17 @@ impl Block {
                 format!("the file has {actual} bytes, the block {bytes}"),
             )));
         }
-        let log = WriteLog::new(BlockId::fresh(), pages);
-        let region = map_file(&Arc::new(file), 0, bytes, log).map_err(fail)?;
+        Self::part_of(name, file, 0, bytes)
+    }
+
+    /// A block in a part of an existing file, from byte `start` on, that is known to be long enough.
+    pub(crate) fn part_of(name: &str, file: File, start: u64, bytes: u64) -> Result<Self> {
+        let log = WriteLog::new(BlockId::fresh(), pages_of("block length", bytes)?);
+        let region =
+            map_file(&Arc::new(file), start, bytes, log).map_err(|source| Error::Memory {
+                block: name.into(),
+                source,
+            })?;
         Self::from_region(name, Arc::new(region))
     }
 

@@ -1,6 +1,7 @@
 //! A tracker as the source of a migration, in the process that runs the guest.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use gleaner_bitmap::mutant::{self, Mutant};
@@ -216,6 +217,18 @@ impl Source for LocalSource {
             Some(block) => Ok(Arc::new(block)),
             None => Err(gleaner_bitmap::Error::UnknownBlock { block }.into()),
         }
+    }
+
+    fn hand_over(&mut self, block: BlockId) -> Result<(OwnedFd, u64)> {
+        let Guest::Stopped(_) = &self.guest else {
+            return Err(MigrateError::source(Error::NotStopped));
+        };
+        let known = self.block(block);
+        let known = known.ok_or(gleaner_bitmap::Error::UnknownBlock { block })?;
+        let (file, offset) = known.shared_backing().map_err(MigrateError::source)?;
+        // The very open file, with the locks on it: they end when nobody has the memory any more.
+        let file = file.try_clone().map_err(MigrateError::source)?;
+        Ok((file.into(), offset))
     }
 
     fn relinquish(&mut self) -> Result<()> {

@@ -3,6 +3,7 @@
 //! An input is a row of steps. A byte below [`HANG_UP`] is the length of a request, whose bytes follow.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gleaner::service::{Reply, Request, Response, Session, SessionSource};
@@ -179,6 +180,12 @@ impl Source for Toy {
         Ok(b"state".to_vec())
     }
 
+    fn hand_over(&mut self, block: BlockId) -> Result<(OwnedFd, u64)> {
+        let guest = self.call(|guest| !guest.running && !guest.relinquished)?;
+        drop(guest);
+        self.share(block).map_err(Error::source)
+    }
+
     fn relinquish(&mut self) -> Result<()> {
         self.call(|guest| !guest.running && !guest.relinquished)?
             .relinquished = true;
@@ -206,7 +213,7 @@ impl Source for Toy {
 }
 
 impl SessionSource for Toy {
-    fn share(&self, block: BlockId) -> gleaner::Result<(std::os::fd::OwnedFd, u64)> {
+    fn share(&self, block: BlockId) -> gleaner::Result<(OwnedFd, u64)> {
         let _guest = self.call(|guest| !guest.relinquished)?;
         if block != BLOCK {
             return Err(gleaner_bitmap::Error::UnknownBlock { block }.into());

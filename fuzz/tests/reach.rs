@@ -83,6 +83,14 @@ fn spoilt_streams_are_refused_for_what_is_wrong_with_them() {
     ] {
         assert!(matches!(refused(name), Error::Packed { .. }), "{name}");
     }
+    for name in ["local", "local-without-memory"] {
+        let error = refused(name);
+        assert!(matches!(error, Error::NotShareable { .. }), "{error}");
+    }
+    assert!(matches!(
+        refused("memory-among-pages"),
+        Error::OutOfState { .. }
+    ));
     // The second extent wins, and the stream goes on.
     assert_eq!(received("twice-the-same-page").pages, 4);
 }

@@ -37,6 +37,11 @@ pub trait Channel {
     /// Whether there is anybody to answer. With a file there is not.
     fn is_answered(&self) -> bool;
 
+    /// Whether a descriptor can go along with a frame. Unless overridden, none can.
+    fn takes_descriptors(&self) -> bool {
+        false
+    }
+
     /// No frame is half sent: another may follow.
     fn is_whole(&self) -> bool;
 
@@ -69,6 +74,10 @@ impl<C: Channel + ?Sized> Channel for &mut C {
 
     fn is_answered(&self) -> bool {
         (**self).is_answered()
+    }
+
+    fn takes_descriptors(&self) -> bool {
+        (**self).takes_descriptors()
     }
 
     fn is_whole(&self) -> bool {
@@ -143,6 +152,10 @@ impl Channel for StreamChannel {
 
     fn is_answered(&self) -> bool {
         self.answers.is_some()
+    }
+
+    fn takes_descriptors(&self) -> bool {
+        self.outlet.stream().takes_descriptors()
     }
 
     fn is_whole(&self) -> bool {

@@ -1,5 +1,7 @@
 //! What a receiver migrates to.
 
+use std::fs::File;
+
 use gleaner_bitmap::{BlockInfo, Layout};
 
 use crate::{NewMemory, Result};
@@ -8,6 +10,7 @@ use crate::{NewMemory, Result};
 ///
 /// ```text
 /// ( remove_block (name taken over) ...  add_block ...  layout  remove_block ... )*  ready  run
+/// begin_local  ( layout )*  adopt_block ...  ready  run
 ///   any failure before `run` returned Ok -> abort
 /// ```
 ///
@@ -21,6 +24,30 @@ pub trait Destination: Send {
     /// Why there is none; the migration ends.
     fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory>;
 
+    /// A migration begins that will hand over the source's own memory: whether this destination takes it over.
+    ///
+    /// # Errors
+    /// [`Error::Unable`](crate::Error::Unable) unless overridden; why it doesn't. The migration ends, before the source
+    /// has stopped its guest.
+    fn begin_local(&mut self) -> Result<()> {
+        Err(crate::Error::Unable {
+            what: "take memory over",
+        })
+    }
+
+    /// Takes over the memory of a block, in the place of [`Destination::add_block`]: `block.pages` pages from byte
+    /// `offset` of `file` on, a memfd that is long enough and can't shrink, to be mapped shared. It is the source's until
+    /// [`Destination::run`]: nothing is written to it before, nor if that never comes.
+    ///
+    /// # Errors
+    /// [`Error::Unable`](crate::Error::Unable) unless overridden; why it can't be had. The migration ends.
+    fn adopt_block(&mut self, block: &BlockInfo, file: File, offset: u64) -> Result<()> {
+        let _ = (block, file, offset);
+        Err(crate::Error::Unable {
+            what: "take memory over",
+        })
+    }
+
     /// The source removed the block. Called after the layout without it is in force, except when a new block takes its
     /// name: then it goes before the new one is added.
     ///
@@ -28,7 +55,7 @@ pub trait Destination: Send {
     /// Why it can't be removed; the migration ends.
     fn remove_block(&mut self, block: &BlockInfo) -> Result<()>;
 
-    /// A new layout is in force. Each of its blocks has been added.
+    /// A new layout is in force. Each of its blocks has been added, or will be adopted.
     ///
     /// # Errors
     /// Why it can't be had; the migration ends.

@@ -270,8 +270,22 @@ pub enum Error {
     /// Memory can't be compared where nobody is to compare it.
     #[error("memory can't be verified in a file: nobody is there to compare it")]
     Unverifiable,
-    /// A source that can't do what a migration was asked to do.
-    #[error("this source can't {what}")]
+    /// Memory can't be handed over.
+    #[error("memory can't be handed over: {why}")]
+    NotLocal {
+        /// Why.
+        why: &'static str,
+    },
+    /// Memory that was handed over is not what it must be.
+    #[error("the memory of block {name} can't be taken over: {why}")]
+    NotShareable {
+        /// Name of the block.
+        name: String,
+        /// Why.
+        why: String,
+    },
+    /// An end that can't do what a migration was asked to do.
+    #[error("this end can't {what}")]
     Unable {
         /// What was asked for.
         what: &'static str,

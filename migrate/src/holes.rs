@@ -1,6 +1,6 @@
 //! Where a file of guest memory has no pages yet.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use gleaner_bitmap::{PAGE_SIZE, PageRange};
@@ -9,6 +9,11 @@ use vm_memory::FileOffset;
 
 /// `TMPFS_MAGIC`: memfds, and files in /dev/shm.
 const TMPFS: u64 = 0x0102_1994;
+
+/// Whether a file has its pages in memory alone.
+pub(crate) fn is_in_memory(file: BorrowedFd<'_>) -> bool {
+    fstatfs(file).is_ok_and(|fs| u64::try_from(fs.f_type) == Ok(TMPFS))
+}
 
 /// The holes of a file that is mapped shared. Only files in memory are taken: there a page is a hole exactly if nobody ever
 /// touched it, while a file system on a disk may learn late of what was written through a mapping.
@@ -26,8 +31,7 @@ impl Holes {
     /// Of a file, if its holes are to be trusted.
     #[must_use]
     pub fn of(file: &FileOffset) -> Option<Self> {
-        let kind = fstatfs(file.file()).ok()?.f_type;
-        (u64::try_from(kind) == Ok(TMPFS)).then(|| Self {
+        is_in_memory(file.file().as_fd()).then(|| Self {
             file: FileOffset::from_arc(Arc::clone(file.arc()), file.start()),
             known: Mutex::default(),
         })

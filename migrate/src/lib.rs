@@ -29,6 +29,7 @@
 //! * [`Receiver`] drives a [`Destination`]. It refuses whatever does not fit, and its reason is what the user of the
 //!   source reads.
 //! * [`wire`] is the format: identity on the wire is (block, page).
+//! * On one host memory need not travel: with [`SenderOptions::local`] the destination goes on with the source's own.
 //! * Never two guests: between GO and its answer the source stays stopped, until the destination has said what became
 //!   of it ([`query`], [`resolve`]).
 //!
@@ -47,6 +48,8 @@ mod destination;
 mod digest;
 mod dry_run;
 mod error;
+mod handed;
+mod handover;
 mod holes;
 mod job;
 mod joint;

@@ -1,5 +1,6 @@
 //! A wire without a system: sender and receiver in one thread, faults at any frame, time as a [`Clock`](crate::Clock) tells it.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use vm_memory::VolatileSlice;
@@ -113,6 +114,7 @@ impl<'a> MemoryWire<'a> {
             let mut peer = Delivery {
                 line: &mut self.line,
                 payload: Bytes::of(&[], 0),
+                descriptor: None,
             };
             self.end = End::Ended(reception.end(ended, &mut peer));
         }
@@ -127,7 +129,7 @@ impl<'a> MemoryWire<'a> {
         let mut copy;
         let own;
         let pieces = match payload {
-            Payload::None => &[][..],
+            Payload::None | Payload::Descriptor(_) => &[][..],
             Payload::Bytes(bytes) => {
                 copy = bytes.to_vec();
                 own = [VolatileSlice::from(&mut copy[..])];
@@ -138,6 +140,10 @@ impl<'a> MemoryWire<'a> {
         let mut peer = Delivery {
             line: &mut self.line,
             payload: Bytes::of(pieces, length),
+            descriptor: match payload {
+                Payload::Descriptor(fd) => fd.try_clone_to_owned().ok(),
+                _ => None,
+            },
         };
         let taken = frame
             .decode()
@@ -206,6 +212,10 @@ impl Channel for MemoryWire<'_> {
         true
     }
 
+    fn takes_descriptors(&self) -> bool {
+        true
+    }
+
     fn is_whole(&self) -> bool {
         true
     }
@@ -249,6 +259,7 @@ impl Frame {
 struct Delivery<'f, 'a> {
     line: &'f mut Line<'a>,
     payload: Bytes<'f>,
+    descriptor: Option<OwnedFd>,
 }
 
 impl Peer for Delivery<'_, '_> {
@@ -268,6 +279,14 @@ impl Peer for Delivery<'_, '_> {
         } else {
             Err(self.line.lost("reading a payload"))
         }
+    }
+
+    fn takes_descriptors(&self) -> bool {
+        true
+    }
+
+    fn descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptor.take()
     }
 
     fn answer(&mut self, message: &Message) -> Result<()> {

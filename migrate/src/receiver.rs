@@ -1,5 +1,6 @@
 //! Receives a migration from streams: what goes on at the destination is a [`Reception`].
 
+use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
 
@@ -203,6 +204,14 @@ impl Peer for StreamPeer<'_> {
             length,
             &patience(self.options, "receiving a payload", self.options.io_timeout),
         )
+    }
+
+    fn takes_descriptors(&self) -> bool {
+        self.inlet.takes_descriptors()
+    }
+
+    fn descriptor(&mut self) -> Option<OwnedFd> {
+        self.inlet.take_descriptor()
     }
 
     fn answer(&mut self, message: &Message) -> Result<()> {

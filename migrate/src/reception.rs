@@ -14,21 +14,26 @@
 //!                   abort(), Refused{reason}, failed or cancelled
 //! ```
 //!
+//! Where the source hands its memory over, Layout and Memory come in the place of pages.
+//!
 //! The outcome is recorded before it is said: a source that has lost the connection reads it by a
 //! [`query`](crate::query).
 //!
 //! Pages may come over further connections at the same time; the driver opens them and hands their frames to
 //! the `Landing` that they share with this one.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use gleaner_bitmap::PAGE_SIZE;
 use vm_memory::VolatileSlice;
 
+use crate::handed::Handed;
 use crate::landing::Landing;
 use crate::pack::Unpacker;
 use crate::report::Received;
+use crate::sender::DESCRIPTORS;
 use crate::wire::{Header, Hello, Kind, Message, StateBody, VERSION};
 use crate::{Destination, Error, MigrationId, Outcome, ReceiverOptions, Result};
 
@@ -47,6 +52,16 @@ pub trait Peer {
     /// Why it didn't come.
     fn bytes(&mut self, length: u32) -> Result<Vec<u8>>;
 
+    /// Whether a descriptor can come along with a frame. Unless overridden, none can.
+    fn takes_descriptors(&self) -> bool {
+        false
+    }
+
+    /// The descriptor that came along with the frame that is being taken. Unless overridden, none does.
+    fn descriptor(&mut self) -> Option<OwnedFd> {
+        None
+    }
+
     /// Says something to the source.
     ///
     /// # Errors
@@ -62,6 +77,7 @@ pub trait Peer {
 enum Phase {
     Greeting,
     Receiving,
+    TakingOver,
     Built,
     Running,
 }
@@ -71,6 +87,7 @@ impl Phase {
         match self {
             Self::Greeting => "awaiting a migration",
             Self::Receiving => "receiving memory",
+            Self::TakingOver => "taking memory over",
             Self::Built => "awaiting GO",
             Self::Running => "awaiting that the source has heard",
         }
@@ -89,6 +106,10 @@ impl Phase {
                     | Kind::Sync
                     | Kind::State
                     | Kind::Cancel
+            ),
+            Self::TakingOver => matches!(
+                kind,
+                Kind::Layout | Kind::Memory | Kind::Sync | Kind::State | Kind::Cancel
             ),
             Self::Built => matches!(kind, Kind::Go | Kind::Cancel),
             Self::Running => matches!(kind, Kind::Heard),
@@ -110,6 +131,8 @@ pub struct Reception<'a> {
     phase: Phase,
     landing: Arc<Landing>,
     unpacker: Unpacker,
+    /// In the place of the landing, where memory is handed over.
+    handed: Handed,
     /// Most connections that the driver can open.
     most_channels: u16,
     /// Set once the id is this session's to decide on.
@@ -128,6 +151,7 @@ impl<'a> Reception<'a> {
             phase: Phase::Greeting,
             landing: Arc::default(),
             unpacker: Unpacker::default(),
+            handed: Handed::default(),
             most_channels: 1,
             id: None,
         }
@@ -190,7 +214,10 @@ impl<'a> Reception<'a> {
                 return Err(Error::OnlyQuery);
             }
             Message::Layout(layout) => {
-                let adopted = self.landing.change(layout, self.destination)?;
+                let adopted = match self.phase {
+                    Phase::TakingOver => self.handed.change(layout, self.destination)?,
+                    _ => self.landing.change(layout, self.destination)?,
+                };
                 self.report.layouts += 1;
                 answer(peer, &Message::Adopted(adopted))?;
             }
@@ -201,6 +228,10 @@ impl<'a> Reception<'a> {
             | Message::Sync => {
                 self.landing
                     .frame(header, &message, peer, &mut self.unpacker)?;
+            }
+            Message::Memory(described) => {
+                let descriptor = peer.descriptor();
+                self.handed.take(described, descriptor, self.destination)?;
             }
             Message::State(described) => self.build(header, described, peer)?,
             Message::Go => {
@@ -240,11 +271,12 @@ impl<'a> Reception<'a> {
                 found: hello.page_size,
             });
         }
-        if !(1..=self.most_channels).contains(&hello.channels) {
+        let most = if hello.local { 1 } else { self.most_channels };
+        if !(1..=most).contains(&hello.channels) {
             return Err(Error::Channels {
                 asked: hello.channels,
                 to: "this destination".into(),
-                most: self.most_channels,
+                most,
             });
         }
         self.report.migration_id = Some(hello.id);
@@ -252,11 +284,22 @@ impl<'a> Reception<'a> {
         self.options.outcomes.begin(hello.id)?;
         self.id = Some(hello.id);
         self.phase = Phase::Receiving;
+        if hello.local {
+            self.report.local = true;
+            if !peer.takes_descriptors() {
+                return Err(Error::NotLocal { why: DESCRIPTORS });
+            }
+            self.destination.begin_local()?;
+            self.phase = Phase::TakingOver;
+        }
         answer(peer, &Message::Welcome(VERSION))
     }
 
     fn build(&mut self, header: &Header, described: StateBody, peer: &mut dyn Peer) -> Result<()> {
-        self.landing.close(described.generation)?;
+        match self.phase {
+            Phase::TakingOver => self.handed.close(described.generation)?,
+            _ => self.landing.close(described.generation)?,
+        }
         let state = peer.bytes(header.payload)?;
         if crc32fast::hash(&state) != described.crc {
             return Err(Error::Checksum { what: "state" });
@@ -272,7 +315,7 @@ impl<'a> Reception<'a> {
     #[must_use]
     pub fn end(mut self, ended: Result<()>, peer: &mut dyn Peer) -> Received {
         let (blocks, pages, zeros) = self.landing.counts();
-        self.report.blocks = blocks;
+        self.report.blocks = blocks + self.handed.blocks();
         self.report.pages = pages;
         self.report.zero_pages = zeros;
         if let Err(error) = ended

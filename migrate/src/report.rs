@@ -95,6 +95,8 @@ pub struct Report {
     /// Names the attempt, for [`query`](crate::query).
     #[serde(serialize_with = "as_text")]
     pub migration_id: MigrationId,
+    /// Memory is handed over on this host, and none of it sent.
+    pub local: bool,
     /// Rounds, the last one with the guest stopped included.
     pub rounds: u32,
     /// Pages sent with their contents.
@@ -140,6 +142,7 @@ impl Report {
             reason: None,
             error: None,
             migration_id,
+            local: false,
             rounds: 0,
             pages_sent: 0,
             zero_pages: 0,
@@ -189,6 +192,8 @@ pub struct Received {
     pub migration_id: Option<MigrationId>,
     /// Names the source.
     pub source: String,
+    /// Memory is handed over on this host, and none of it comes.
+    pub local: bool,
     /// RAM blocks at the end.
     pub blocks: u64,
     /// Pages that came with their contents.
@@ -213,6 +218,7 @@ impl Received {
             error: None,
             migration_id: None,
             source: String::new(),
+            local: false,
             blocks: 0,
             pages: 0,
             zero_pages: 0,

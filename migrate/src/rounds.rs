@@ -10,7 +10,7 @@ use crate::wire::{LayoutBody, Message, Payload};
 use crate::{Error, Harvested, Progress, Result};
 
 /// Between two rounds that only wait for the switchover to be let go.
-const HELD_PAUSE: Duration = Duration::from_millis(20);
+pub(crate) const HELD_PAUSE: Duration = Duration::from_millis(20);
 
 /// Counts at one moment, to tell what came since.
 pub(crate) struct Mark {

@@ -14,6 +14,8 @@
 //!                                                                                                    in-doubt
 //! ```
 //!
+//! Where memory is handed over, there is nothing to send before the switchover but the layout.
+//!
 //! A file gives no answers: leases are acknowledged when they are written, and what would be asked of the destination
 //! before `relinquish` is asked of the disk.
 
@@ -38,6 +40,9 @@ use crate::{
     Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, OnTick,
     Progress, Report, Result, Source, Status, Stream, Throttle, Throttles,
 };
+
+/// Why memory can't be handed over where descriptors can't go along.
+pub(crate) const DESCRIPTORS: &str = "that goes over a Unix socket, without TLS";
 
 /// Asked before each switchover: not before it returns true.
 pub type Hold = Box<dyn FnMut() -> bool + Send>;
@@ -66,6 +71,9 @@ pub struct SenderOptions {
     /// What page contents are compressed with, each connection by itself, where they shrink. Nothing. With anything else,
     /// pages that are sent again travel as what has changed of them where that is less.
     pub compress: Compress,
+    /// To a destination on this host, over one Unix socket: it goes on with the source's own memory, of which nothing is
+    /// sent. No.
+    pub local: bool,
     /// The most bytes a second, all connections together. No limit.
     pub bandwidth_limit: Option<u64>,
     /// How long the destination may be silent when it is its turn. 30 s.
@@ -96,6 +104,7 @@ impl SenderOptions {
             channels: 1,
             verify: false,
             compress: Compress::None,
+            local: false,
             bandwidth_limit: None,
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
@@ -104,6 +113,23 @@ impl SenderOptions {
             on_progress: None,
             on_tick: None,
         }
+    }
+}
+
+impl SenderOptions {
+    /// Whether it can be done over a channel that has answers, or takes descriptors.
+    fn check(&self, answered: bool, descriptors: bool) -> Result<()> {
+        if self.verify && !answered {
+            return Err(Error::Unverifiable);
+        }
+        let why = match self.local {
+            true if self.verify => "there would be no copy to verify",
+            true if self.channels != 1 => "that goes over one connection",
+            true if self.compress != Compress::None => "there would be no pages to compress",
+            true if !descriptors => DESCRIPTORS,
+            _ => return Ok(()),
+        };
+        Err(Error::NotLocal { why })
     }
 }
 
@@ -137,8 +163,13 @@ impl<'a> Sender<'a> {
             });
         }
         // Before connecting, which empties a file.
-        if self.options.verify && matches!(to.address(), Address::File(_)) {
-            return self.failed(Error::Unverifiable);
+        let (answered, descriptors) = match to.address() {
+            Address::Tcp { .. } => (true, false),
+            Address::Unix(_) | Address::Fd(_) => (true, true),
+            Address::File(_) => (false, false),
+        };
+        if let Err(error) = self.options.check(answered, descriptors) {
+            return self.failed(error);
         }
         match to.connect() {
             Ok(stream) if channels == 1 => self.run(stream),
@@ -164,8 +195,9 @@ impl<'a> Sender<'a> {
             let to = "a stream that is open already".to_owned();
             return self.failed(Error::Channels { asked, to, most: 1 });
         }
-        if self.options.verify && !channel.is_answered() {
-            return self.failed(Error::Unverifiable);
+        let (answered, descriptors) = (channel.is_answered(), channel.takes_descriptors());
+        if let Err(error) = self.options.check(answered, descriptors) {
+            return self.failed(error);
         }
         let limits = self.limits();
         let packer = match Packer::new(self.options.compress) {
@@ -204,6 +236,7 @@ impl<'a> Sender<'a> {
     /// It failed before there was anything to send over.
     fn failed(self, error: Error) -> Report {
         let mut report = Report::new(self.options.id);
+        report.local = self.options.local;
         report.status = Status::Failed;
         if let Err(again) = self.source.resume() {
             report.status = Status::InDoubt;
@@ -265,7 +298,10 @@ impl<'a> Session<'a> {
             supply: Supply::new(source, options.channels.into(), watch),
             lanes,
             there: There::new(options.compress != Compress::None),
-            report: Report::new(options.id),
+            report: Report {
+                local: options.local,
+                ..Report::new(options.id)
+            },
             start,
             clock: options.clock,
             name: options.name,
@@ -293,6 +329,7 @@ impl<'a> Session<'a> {
             name: std::mem::take(&mut self.name),
             page_size: PAGE_SIZE,
             channels,
+            local: self.report.local,
         });
         welcome(self.lanes.lead(), &hello)
     }
@@ -311,10 +348,14 @@ impl<'a> Session<'a> {
     }
 
     fn migrate(&mut self) -> Result<()> {
-        if self.throttle != ThrottleGoal::Never {
-            self.goal.throttle = self.throttle.of(self.supply.source.throttles()?)?;
+        if self.report.local {
+            self.await_switchover()?;
+        } else {
+            if self.throttle != ThrottleGoal::Never {
+                self.goal.throttle = self.throttle.of(self.supply.source.throttles()?)?;
+            }
+            self.precopy()?;
         }
-        self.precopy()?;
         self.switch_over()
     }
 

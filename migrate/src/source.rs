@@ -1,5 +1,7 @@
 //! What a sender migrates from.
 
+use std::os::fd::OwnedFd;
+
 use gleaner_bitmap::{BlockId, Extent, Generation, Layout, PageRange};
 use vm_memory::VolatileSlice;
 
@@ -16,6 +18,8 @@ use crate::{Error, Memory, Result, Throttle, Throttles};
 /// [`Source::throttle`] comes anywhere before `stop`, as often as the sender likes. Full speed needs no call: the end of an
 /// attempt brings it back, by `complete` or `resume`, by dropping the source, or by the death of an agent in another
 /// process.
+///
+/// Where memory is handed over, [`Source::hand_over`] stands in the place of leases.
 ///
 /// Errors are made with [`Error::source`]. After an error of any method before [`Source::relinquish`] the sender
 /// releases its leases and calls [`Source::resume`].
@@ -87,6 +91,21 @@ pub trait Source: Send {
         let _ = block;
         Err(Error::Unable {
             what: "show memory that is not on lease",
+        })
+    }
+
+    /// A writable descriptor of a block's memory, and where the block starts in it, for a destination on this host that
+    /// goes on with this very memory. Called after [`Source::stop`] alone. From [`Source::relinquish`] on nothing at this
+    /// end writes there, whatever becomes of its process; before GO nothing at the other end does, so that a source that
+    /// resumes finds its memory as it left it.
+    ///
+    /// # Errors
+    /// [`Error::Unable`] of a source whose memory can't be handed over, which is what this does unless it is overridden;
+    /// why there is none. The guest stays stopped.
+    fn hand_over(&mut self, block: BlockId) -> Result<(OwnedFd, u64)> {
+        let _ = block;
+        Err(Error::Unable {
+            what: "hand its memory over",
         })
     }
 

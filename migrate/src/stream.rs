@@ -1,13 +1,17 @@
 //! A byte stream to the other end.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, sockopt};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketType, sockopt,
+};
 use vm_memory::VolatileSlice;
 
 #[cfg(feature = "tls")]
@@ -172,6 +176,48 @@ impl Stream {
                 Ok(rustix::net::send(self, bytes, SendFlags::NOSIGNAL | more)?)
             }
         }
+    }
+
+    /// Whether a descriptor can go along. Only a Unix socket carries it, and what goes through TLS is bytes.
+    pub(crate) const fn takes_descriptors(&self) -> bool {
+        matches!(self, Self::Unix(_))
+    }
+
+    /// As [`Stream::read`]; with a descriptor that came along, if one did.
+    pub(crate) fn read_with(&self, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+        let Self::Unix(socket) = self else {
+            return Ok((self.read(buffer)?, None));
+        };
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut pieces = [IoSliceMut::new(buffer)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = rustix::net::recvmsg(socket, &mut pieces, &mut control, flags)?;
+        let descriptor = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        Ok((got.bytes, descriptor))
+    }
+
+    /// As [`Stream::write`], on a Unix socket; `descriptor` goes along with the first byte.
+    pub(crate) fn write_with(&self, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {
+        let Self::Unix(socket) = self else {
+            return Err(io::Error::other("only a Unix socket carries descriptors"));
+        };
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor];
+        if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+            return Err(io::ErrorKind::InvalidInput.into()); // not reached: there is room for one
+        }
+        let flags = SendFlags::NOSIGNAL;
+        Ok(rustix::net::sendmsg(
+            socket,
+            &[IoSlice::new(bytes)],
+            &mut control,
+            flags,
+        )?)
     }
 
     pub(crate) fn read_pages(&self, pieces: &[VolatileSlice<'_>]) -> io::Result<usize> {

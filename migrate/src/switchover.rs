@@ -31,11 +31,11 @@ impl Session<'_> {
         let dirty = self.harvest()?.dirty_pages;
         self.supply.last_layout()?;
         self.send_layout()?;
-        self.history.remaining_pages = dirty;
         parts.harvest = lap(self);
-        let leased = self.send_pages(None)?;
-        if leased < dirty {
-            return Err(Error::HeldBack { leased, dirty });
+        if self.report.local {
+            self.hand_over()?;
+        } else {
+            self.send_rest(dirty)?;
         }
         parts.send = lap(self);
         if self.verify {
@@ -76,6 +76,16 @@ impl Session<'_> {
         parts.go = lap(self);
         self.report.downtime_parts_ms = Some(parts);
         self.completed(&mark);
+        Ok(())
+    }
+
+    /// Sends what was dirty at the last harvest.
+    fn send_rest(&mut self, dirty: u64) -> Result<()> {
+        self.history.remaining_pages = dirty;
+        let leased = self.send_pages(None)?;
+        if leased < dirty {
+            return Err(Error::HeldBack { leased, dirty });
+        }
         Ok(())
     }
 

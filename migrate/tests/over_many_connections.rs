@@ -173,6 +173,7 @@ fn spoken(speak: impl FnOnce(&mut Raw, &std::path::Path)) -> (Received, ToyDesti
         name: "peer".into(),
         page_size: 4096,
         channels: 3,
+        local: false,
     };
     lead.say(&Message::Hello(hello), &[]);
     assert_eq!(lead.hear(), Message::Welcome(VERSION));
@@ -213,6 +214,7 @@ fn only_connections_of_the_migration_are_taken_and_each_once() {
                     name: "another agent".into(),
                     page_size: 4096,
                     channels: 1,
+                    local: false,
                 }),
                 "is receiving a guest",
             ),

@@ -30,6 +30,7 @@ fn hello() -> Message {
         name: "peer".into(),
         page_size: 4096,
         channels: 1,
+        local: false,
     })
 }
 

@@ -182,16 +182,15 @@ fn listener_name(address: &Address, listener: &Listener) -> String {
 }
 
 fn summary(received: &Received) -> String {
-    format!(
-        "{}: {} blocks, {} pages and {} zero pages in {:.0} ms",
-        if received.status == Status::Completed {
-            "completed"
-        } else {
-            "not completed"
-        },
-        received.blocks,
-        received.pages,
-        received.zero_pages,
-        received.total_ms
-    )
+    let status = if received.status == Status::Completed {
+        "completed"
+    } else {
+        "not completed"
+    };
+    let (blocks, time) = (received.blocks, received.total_ms);
+    if received.local {
+        return format!("{status} on this host: {blocks} blocks taken over in {time:.1} ms");
+    }
+    let (pages, zeros) = (received.pages, received.zero_pages);
+    format!("{status}: {blocks} blocks, {pages} pages and {zeros} zero pages in {time:.0} ms")
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -219,6 +220,16 @@ impl<E: Exchange> Source for ServiceClient<E> {
             return Err(MigrateError::source(Error::NotStopped));
         }
         self.mapped(block)
+    }
+
+    fn hand_over(&mut self, block: BlockId) -> Result<(OwnedFd, u64)> {
+        let (response, file) = self
+            .ask(&Request::HandOver(block))
+            .map_err(MigrateError::source)?;
+        match (response, file) {
+            (Response::Block { offset }, Some(file)) => Ok((file.into(), offset)),
+            (other, _) => Err(MigrateError::source(unexpected(&other))),
+        }
     }
 
     fn relinquish(&mut self) -> Result<()> {

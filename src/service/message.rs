@@ -54,6 +54,8 @@ pub enum Request {
     Throttles,
     /// Slow the guest, instead of what slowed it before.
     Throttle(Throttle),
+    /// The memory of a block of the layout, for writing: a destination on this host goes on with it.
+    HandOver(BlockId),
 }
 
 /// What the service answers.
@@ -78,7 +80,8 @@ pub enum Response {
         /// Its slots.
         slots: Vec<Slot>,
     },
-    /// A read-only descriptor of the block's memory came with this message; the block starts at `offset` bytes of it.
+    /// A descriptor of the block's memory came with this message, read-only unless it was handed over; the block starts at
+    /// `offset` bytes of it.
     Block {
         /// Where the block starts in the file.
         offset: u64,

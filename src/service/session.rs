@@ -189,7 +189,7 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
             | Request::Release(_) => matches!(self.phase, Migrating | Stopped),
             Request::Transactions => self.phase != Idle,
             Request::Throttle(_) | Request::Stop => self.phase == Migrating,
-            Request::State | Request::Relinquish => self.phase == Stopped,
+            Request::State | Request::HandOver(_) | Request::Relinquish => self.phase == Stopped,
             Request::Complete => self.phase == Committing,
             Request::Resume => !matches!(self.phase, Idle | Phase::Complete),
         }
@@ -213,6 +213,13 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
                 let (fd, offset) = source
                     .share(block)
                     .map_err(gleaner_migrate::Error::source)?;
+                return Ok(Reply {
+                    response: Response::Block { offset },
+                    fd: Some(fd),
+                });
+            }
+            Request::HandOver(block) => {
+                let (fd, offset) = source.hand_over(block)?;
                 return Ok(Reply {
                     response: Response::Block { offset },
                     fd: Some(fd),

@@ -112,6 +112,19 @@ impl IncomingMachine {
         Ok(Block::file(&info.name, file, bytes)?)
     }
 
+    /// The lengths are a peer's, and bookkeeping is allocated by them.
+    fn check_room(&self, info: &BlockInfo) -> Result<()> {
+        let pages: u64 = self.blocks.values().map(|b| b.info().pages).sum();
+        if pages.saturating_add(info.pages) > MAX_PAGES {
+            let text = format!(
+                "block {} of {} pages would make more than {MAX_PAGES} in all",
+                info.name, info.pages
+            );
+            return Err(MigrateError::destination(text));
+        }
+        Ok(())
+    }
+
     fn build(
         &self,
         layout: &Layout,
@@ -176,18 +189,30 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 
 impl Destination for IncomingMachine {
     fn add_block(&mut self, info: &BlockInfo) -> Result<NewMemory> {
-        // The lengths are a peer's, and bookkeeping is allocated by them.
-        let pages: u64 = self.blocks.values().map(|b| b.info().pages).sum();
-        if pages.saturating_add(info.pages) > MAX_PAGES {
-            let text = format!(
-                "block {} of {} pages would make more than {MAX_PAGES} in all",
-                info.name, info.pages
-            );
-            return Err(MigrateError::destination(text));
-        }
+        self.check_room(info)?;
         let block = self.allocate(info).map_err(MigrateError::destination)?;
         self.blocks.insert(info.id, block.clone());
         Ok(NewMemory::zero(Arc::new(block)))
+    }
+
+    fn begin_local(&mut self) -> Result<()> {
+        let why = if self.ram_dir.is_some() {
+            "it keeps memory in files of its own (--ram-dir)"
+        } else if self.resume.is_none() {
+            "it does not run the guest (--resume)"
+        } else {
+            return Ok(());
+        };
+        let text = format!("it can't take memory over: {why}");
+        Err(MigrateError::destination(text))
+    }
+
+    fn adopt_block(&mut self, info: &BlockInfo, file: File, offset: u64) -> Result<()> {
+        self.check_room(info)?;
+        let block = Block::part_of(&info.name, file, offset, info.pages * PAGE_SIZE);
+        self.blocks
+            .insert(info.id, block.map_err(MigrateError::destination)?);
+        Ok(())
     }
 
     fn remove_block(&mut self, info: &BlockInfo) -> Result<()> {

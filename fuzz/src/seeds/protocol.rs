@@ -36,8 +36,8 @@ fn said(before: &[u8], requests: &[Request]) -> Vec<u8> {
 /// A row of requests for the service.
 pub fn requests() -> Vec<Seed> {
     use Request::{
-        Ack, Block, Complete, Harvest, Layout, Lease, Release, Relinquish, Resume, State, Stop,
-        Throttle as Slow, Throttles as Slows, Transactions,
+        Ack, Block, Complete, HandOver, Harvest, Layout, Lease, Release, Relinquish, Resume, State,
+        Stop, Throttle as Slow, Throttles as Slows, Transactions,
     };
     let rounds = [
         HELLO,
@@ -58,6 +58,7 @@ pub fn requests() -> Vec<Seed> {
         Harvest,
         Lease(100),
         Ack(2),
+        HandOver(BLOCK),
         Transactions,
         Relinquish,
     ];
@@ -91,6 +92,9 @@ pub fn requests() -> Vec<Seed> {
         Ack(7),
         Release(u64::MAX),
         Lease(0),
+        HandOver(BLOCK),
+        Stop,
+        HandOver(BlockId(77)),
     ];
     let mut seeds = vec![
         ("completes", said(&[], &whole)),

@@ -2,8 +2,8 @@
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PAGE_SIZE, PageRange, Slot};
 use gleaner_migrate::wire::{
-    Encoding, Extents, Header, Hello, LayoutBody, MAX_PAYLOAD, Message, PackedBody, StateBody,
-    VERSION,
+    Encoding, Extents, Header, Hello, LayoutBody, MAX_PAYLOAD, MemoryBody, Message, PackedBody,
+    StateBody, VERSION,
 };
 use gleaner_migrate::{Compress, MigrationId, Outcome};
 
@@ -40,8 +40,26 @@ fn hello() -> (Message, u64) {
         name: "source".into(),
         page_size: PAGE_SIZE,
         channels: 1,
+        local: false,
     };
     (Message::Hello(hello), 0)
+}
+
+fn local_hello() -> (Message, u64) {
+    let (mut message, _) = hello();
+    if let Message::Hello(hello) = &mut message {
+        hello.local = true;
+    }
+    (message, 0)
+}
+
+fn memory(generation: u64, block: u64) -> (Message, u64) {
+    let body = MemoryBody {
+        generation: Generation(generation),
+        block: BlockId(block),
+        offset: 0,
+    };
+    (Message::Memory(body), 0)
 }
 
 fn block(id: u64, name: &str, pages: u64) -> BlockInfo {
@@ -239,6 +257,15 @@ pub fn seeds() -> Vec<Seed> {
     let overlapping = [slot(0, 0, 3, 0, 4), slot(1, 3, 3, 4, 5)];
     let ten = [block(3, "ram", 10)];
     let more = [
+        ("local", {
+            let handed = memory(1, 3);
+            sketched(0, &vec![local_hello(), layout(1, &ten, &[]), handed])
+        }),
+        ("local-without-memory", {
+            let built = state(1, 2);
+            sketched(0, &vec![local_hello(), layout(1, &ten, &[]), built])
+        }),
+        ("memory-among-pages", then(&[memory(1, 3)])),
         ("query", sketched(0, &vec![query])),
         ("cancels", then(&[cancel])),
         ("unknown-block", then(&[pages(1, &[(9, 0, 1)])])),
@@ -290,6 +317,7 @@ fn metadata() -> Vec<Seed> {
         }),
         Message::Refused("no memory".into()),
         Message::Applied(1 << 40),
+        memory(1, 70_000).0,
         Message::Outcome(Outcome::Pending),
     ];
     let seed = |message: &Message| {

@@ -84,6 +84,8 @@ kinds! {
     Packed = 12, PACKED, PACKED_CONTENTS;
     /// Digests of pages, which the destination compares with its own.
     Digests = 13, EXTENTS, 8 * MAX_DIGESTS;
+    /// The memory of a block, whose descriptor goes along.
+    Memory = 14, 32, 0;
     /// Answers Hello.
     Welcome = 65, 32, 0;
     /// All before a Sync is in memory.

@@ -34,6 +34,8 @@ pub struct Hello {
     pub page_size: u64,
     /// Connections, this one included: 1 to [`MAX_CHANNELS`].
     pub channels: u16,
+    /// No pages come: the memory itself is handed over.
+    pub local: bool,
 }
 
 /// Opens a further connection of a migration.
@@ -134,6 +136,17 @@ pub struct StateBody {
     pub crc: u32,
 }
 
+/// The memory of a block. Its descriptor goes along with the frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemoryBody {
+    /// The layout that the block belongs to.
+    pub generation: Generation,
+    /// The block.
+    pub block: BlockId,
+    /// Where it starts in the file, in bytes.
+    pub offset: u64,
+}
+
 /// A frame without its payload.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[allow(missing_docs)] // the table of the module says what each one is
@@ -151,6 +164,7 @@ pub enum Message {
     Heard,
     Packed(PackedBody),
     Digests(Extents),
+    Memory(MemoryBody),
     Welcome(u16),
     Applied(u64),
     Ready,
@@ -178,6 +192,7 @@ impl Message {
             Self::Heard => Kind::Heard,
             Self::Packed(_) => Kind::Packed,
             Self::Digests(_) => Kind::Digests,
+            Self::Memory(_) => Kind::Memory,
             Self::Welcome(_) => Kind::Welcome,
             Self::Applied(_) => Kind::Applied,
             Self::Ready => Kind::Ready,
@@ -215,6 +230,7 @@ impl Message {
                 codec::encode(kind, packed)
             }
             Self::State(state) => codec::encode(kind, state),
+            Self::Memory(memory) => codec::encode(kind, memory),
             Self::Cancel(reason) | Self::Refused(reason) => {
                 codec::encode(kind, &cut(reason, MAX_REASON))
             }
@@ -259,6 +275,7 @@ impl Message {
                 Self::Packed(packed)
             }
             Kind::State => Self::State(codec::decode(kind, bytes)?),
+            Kind::Memory => Self::Memory(codec::decode(kind, bytes)?),
             Kind::Cancel | Kind::Refused => {
                 let reason: String = codec::decode(kind, bytes)?;
                 check_text("reason (bytes)", &reason, MAX_REASON)?;
@@ -359,6 +376,12 @@ mod tests {
                 name: "ä".repeat(MAX_NAME),
                 page_size: u64::MAX,
                 channels: u16::MAX,
+                local: true,
+            }),
+            Message::Memory(MemoryBody {
+                generation: Generation(u64::MAX),
+                block: BlockId(u64::MAX),
+                offset: u64::MAX,
             }),
             Message::Join(Join {
                 id: MigrationId([255; 16]),

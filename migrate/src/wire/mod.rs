@@ -14,7 +14,7 @@
 //!
 //! | kind | frame | metadata | payload |
 //! |---|---|---|---|
-//! | 1 | Hello | version, migration id, name of the source, page size, number of connections | |
+//! | 1 | Hello | version, migration id, name of the source, page size, number of connections, whether it is local | |
 //! | 2 | Layout | generation, blocks, slots | |
 //! | 3 | Pages | generation, extents | their contents, in this order |
 //! | 4 | Zeros | generation, extents | |
@@ -27,6 +27,7 @@
 //! | 11 | Heard | | |
 //! | 12 | Packed | generation, extents, codec, how each page is encoded | the encodings, compressed |
 //! | 13 | Digests | generation, extents | xxh3 (64 bits) of each of their pages, in this order |
+//! | 14 | Memory | generation, block, offset in the file whose descriptor goes along | |
 //! | 65 | Welcome | version | |
 //! | 66 | Applied | sequence of the Sync it answers | |
 //! | 67 | Ready | | |
@@ -51,6 +52,12 @@
 //! A page of a Packed frame travels whole or as a delta: what has changed of it since it came last. A delta is taken only
 //! for a page whose contents came in this migration, and not as zeros after that. All encodings of a frame together are
 //! compressed by its codec, each frame by itself.
+//!
+//! # Memory that is handed over
+//!
+//! A local migration has one connection, a Unix socket. It has no Pages, Packed, Zeros and Digests. When its last Layout has been
+//! adopted, a Memory comes for each of its blocks, then State: no Layout any more. A descriptor goes along with the first
+//! byte of its Memory frame (`SCM_RIGHTS`).
 
 mod codec;
 mod header;
@@ -61,7 +68,7 @@ mod pipe;
 pub use header::{HEADER_LEN, Header, Kind, MAX_DIGESTS, MAX_METADATA, MAX_PAYLOAD};
 pub use message::{
     Adopted, Extents, Hello, Join, LayoutBody, MAX_BLOCKS, MAX_CHANNELS, MAX_EXTENTS, MAX_NAME,
-    MAX_REASON, Message, StateBody, VERSION,
+    MAX_REASON, MemoryBody, Message, StateBody, VERSION,
 };
 pub use packed::{Encoding, MAX_DELTA, MAX_PACKED_PAGES, PackedBody};
 pub(crate) use pipe::{Inlet, Outlet};

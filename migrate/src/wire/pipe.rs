@@ -1,6 +1,7 @@
 //! Frames in and out of a stream.
 
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
@@ -21,6 +22,8 @@ pub enum Payload<'a> {
     Bytes(&'a [u8]),
     /// Guest memory, which may change while it is sent.
     Pages(&'a [VolatileSlice<'a>]),
+    /// No bytes: a descriptor that goes along with the frame, over a Unix socket.
+    Descriptor(BorrowedFd<'a>),
 }
 
 impl Payload<'_> {
@@ -28,7 +31,7 @@ impl Payload<'_> {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         match self {
-            Self::None => 0,
+            Self::None | Self::Descriptor(_) => 0,
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::Pages(pieces) => pieces.iter().map(|p| p.len() as u64).sum(),
         }
@@ -136,12 +139,14 @@ impl Outlet {
         head.extend_from_slice(&metadata);
         let length = payload.bytes();
         self.whole = false;
-        pump(DURING, patience, head.len(), |done| {
-            self.stream.write(&head[done..], length > 0)
+        pump(DURING, patience, head.len(), |done| match payload {
+            // With the first byte, whose frame it belongs to.
+            Payload::Descriptor(fd) if done == 0 => self.stream.write_with(&head, *fd),
+            _ => self.stream.write(&head[done..], length > 0),
         })?;
         let size = usize::try_from(length).unwrap_or(usize::MAX);
         match payload {
-            Payload::None => {}
+            Payload::None | Payload::Descriptor(_) => {}
             Payload::Bytes(bytes) => pump(DURING, patience, size, |done| {
                 self.stream.write(&bytes[done..], false)
             })?,
@@ -163,6 +168,8 @@ impl Outlet {
 pub(crate) struct Inlet {
     stream: Stream,
     sequence: u64,
+    /// What came along with the last frame.
+    descriptor: Option<OwnedFd>,
 }
 
 impl Inlet {
@@ -170,7 +177,17 @@ impl Inlet {
         Self {
             stream,
             sequence: 0,
+            descriptor: None,
         }
+    }
+
+    pub(crate) const fn takes_descriptors(&self) -> bool {
+        self.stream.takes_descriptors()
+    }
+
+    /// The descriptor that came along with the last frame.
+    pub(crate) fn take_descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptor.take()
     }
 
     /// Reads header and metadata. The payload, if there is one, must be read next.
@@ -180,7 +197,14 @@ impl Inlet {
         patience: Patience<'_>,
     ) -> Result<(Header, Message)> {
         let mut bytes = [0; HEADER_LEN];
-        self.fill(&mut bytes, during, patience)?;
+        self.descriptor = None;
+        pump(during, patience, HEADER_LEN, |done| {
+            let (read, descriptor) = self.stream.read_with(&mut bytes[done..])?;
+            if done == 0 {
+                self.descriptor = descriptor;
+            }
+            Ok(read)
+        })?;
         let header = Header::parse(&bytes)?;
         // The cap of the kind has been checked: this is at most MAX_METADATA.
         let mut metadata = vec![0; header.metadata as usize];

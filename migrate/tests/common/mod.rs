@@ -17,6 +17,7 @@ use gleaner_bitmap::{
 };
 use gleaner_migrate::*;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 
@@ -24,6 +25,7 @@ type Ram = Arc<MappedMemory>;
 
 pub struct Guest {
     pub blocks: BTreeMap<BlockId, (BlockInfo, Ram)>,
+    files: BTreeMap<BlockId, File>,
     pub generation: u64,
     log: BTreeSet<(BlockId, u64)>,
     store: BTreeSet<(BlockId, u64)>,
@@ -60,6 +62,7 @@ impl ToySource {
     pub fn scripted(pages: u64, script: Script) -> Self {
         let mut guest = Guest {
             blocks: BTreeMap::new(),
+            files: BTreeMap::new(),
             generation: 1,
             log: BTreeSet::new(),
             store: BTreeSet::new(),
@@ -96,14 +99,25 @@ impl ToySource {
     }
 }
 
+/// Memory as it may be handed over.
+pub fn memfd(pages: u64) -> File {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("ram", flags).unwrap());
+    file.set_len(pages * PAGE_SIZE).unwrap();
+    fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+    file
+}
+
 impl Guest {
     pub fn add_block(&mut self, name: &str, pages: u64) -> BlockId {
         let id = BlockId(self.next_block);
         self.next_block += 1;
         self.generation += 1;
         let info = BlockInfo::new(id, name, pages * PAGE_SIZE).unwrap();
-        let ram = Arc::new(MappedMemory::anonymous(pages).unwrap());
-        self.blocks.insert(id, (info, ram));
+        let file = memfd(pages);
+        let ram = MappedMemory::of_file(file.try_clone().unwrap(), pages).unwrap();
+        self.blocks.insert(id, (info, Arc::new(ram)));
+        self.files.insert(id, file);
         self.log.extend((0..pages).map(|page| (id, page)));
         id
     }
@@ -294,6 +308,12 @@ impl Source for ToySource {
         Ok(guest.blocks[&block].1.clone())
     }
 
+    fn hand_over(&mut self, block: BlockId) -> Result<(OwnedFd, u64)> {
+        let guest = self.call("hand_over")?;
+        assert!(!guest.running, "handed over while it runs");
+        Ok((guest.files[&block].try_clone().unwrap().into(), 0))
+    }
+
     fn relinquish(&mut self) -> Result<()> {
         self.call("relinquish").map(drop)
     }
@@ -376,6 +396,20 @@ impl Destination for ToyDestination {
         Ok(NewMemory::used(ram))
     }
 
+    fn begin_local(&mut self) -> Result<()> {
+        self.call("begin_local").map(drop)
+    }
+
+    fn adopt_block(&mut self, block: &BlockInfo, file: File, offset: u64) -> Result<()> {
+        // A toy's memory starts where its file does.
+        let _ = offset;
+        let ram = Arc::new(MappedMemory::of_file(file, block.pages)?);
+        let mut place = self.call("adopt_block")?;
+        let before = place.blocks.insert(block.id, (block.clone(), ram));
+        assert!(before.is_none());
+        Ok(())
+    }
+
     fn remove_block(&mut self, block: &BlockInfo) -> Result<()> {
         self.call("remove_block")?.blocks.remove(&block.id).unwrap();
         Ok(())
@@ -383,9 +417,9 @@ impl Destination for ToyDestination {
 
     fn layout(&mut self, layout: &Layout) -> Result<()> {
         let mut place = self.call("layout")?;
-        for block in layout.blocks() {
-            assert!(place.blocks.contains_key(&block.id));
-        }
+        // They were added, or will be adopted.
+        let here = |block: &BlockInfo| place.blocks.contains_key(&block.id);
+        assert!(place.blocks.is_empty() || layout.blocks().all(here));
         place.layouts.push(layout.clone());
         Ok(())
     }
