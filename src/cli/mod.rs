@@ -14,7 +14,8 @@ mod units;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 
 use output::Output;
 
@@ -49,6 +50,13 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Send(send) = &cli.command
+        && let Err(problem) = send.check()
+    {
+        Cli::command()
+            .error(ErrorKind::ArgumentConflict, problem)
+            .exit();
+    }
     // Whom a destination turned away, its user wants to know.
     let usual = "error,gleaner_migrate::tls=warn";
     let filter = cli.log.unwrap_or_else(|| usual.into());

@@ -150,6 +150,14 @@ pub struct TlsOptions {
 }
 
 impl TlsOptions {
+    /// Whether connections are to be with TLS.
+    pub const fn is_asked_for(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.tls.is_some();
+        #[cfg(not(feature = "tls"))]
+        false
+    }
+
     /// What connects to `address` so.
     pub fn connector(&self, address: Address) -> Result<Connector, gleaner_migrate::Error> {
         let connector = Connector::new(address);

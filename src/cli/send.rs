@@ -10,7 +10,7 @@ use gleaner_migrate::{
     Address, CancelToken, Error, MigrationId, Outcome, Report, Sender, Status, query, resolve,
 };
 
-use super::options::{MigrationOptions, TlsOptions, cancel_on_signal};
+use super::options::{MigrationOptions, Packing, TlsOptions, cancel_on_signal};
 use super::output::Output;
 use super::trace::Trace;
 use super::{Failure, dry_run};
@@ -39,12 +39,38 @@ pub struct Send {
     /// to. The link is taken to carry --bandwidth-limit, or 1G.
     #[arg(long)]
     pub dry_run: bool,
+    /// To a `receive --resume` on this host, at unix:PATH: it goes on with the guest's own memory, of which nothing is
+    /// sent. The guest stands still for as long as its state takes, however much memory it has.
+    #[arg(long)]
+    pub local: bool,
     /// Print one JSON object on standard output.
     #[arg(long)]
     pub json: bool,
 }
 
 impl Send {
+    /// What can't be asked for together, and no attribute of an option can say.
+    pub fn check(&self) -> Result<(), &'static str> {
+        if !self.local {
+            return Ok(());
+        }
+        let migration = &self.migration;
+        let problem = match &self.to {
+            Some(Address::Tcp { .. } | Address::File(_)) => {
+                "--local stays on this host: write --to unix:PATH"
+            }
+            _ if self.dry_run => "--local needs no forecast: leave out --dry-run",
+            _ if self.tls.is_asked_for() => "--local sends no memory: leave out --tls",
+            _ if migration.channels != 1 => "--local takes one connection: leave out --channels",
+            _ if migration.verify => "--local makes no copy to compare: leave out --verify",
+            _ if migration.compress != Packing::None => {
+                "--local sends no memory: leave out --compress"
+            }
+            _ => return Ok(()),
+        };
+        Err(problem)
+    }
+
     /// Migrates.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
@@ -70,7 +96,8 @@ impl Send {
             Ok(to) => to,
             Err(error) => return Ok(give_up(output, id, &error)),
         };
-        let options = self.migration.sender(id, cancel, trace.as_ref());
+        let mut options = self.migration.sender(id, cancel, trace.as_ref());
+        options.local = self.local;
         let report = Sender::new(&mut source, options).run_to(&to);
         if let Some(trace) = trace {
             trace.end(&report);
@@ -163,14 +190,20 @@ pub fn summary(report: &Report) -> String {
             report.pages_delta
         ),
     };
+    let status = match report.status {
+        Status::Completed => "completed",
+        Status::Failed => "failed",
+        Status::Cancelled => "cancelled",
+        Status::InDoubt => "in doubt",
+    };
+    if report.local {
+        return format!(
+            "{status} on this host, no page sent: {} bytes on the wire in {:.1} ms, downtime {:.1} ms, {} slot transactions",
+            report.bytes_on_wire, report.total_ms, report.downtime_ms, report.transactions
+        );
+    }
     format!(
-        "{}: {} rounds, {} pages of contents and {} of zeros, {:.1} MB on the wire{saved} in {:.0} ms, downtime {:.1} ms{verified}, {} slot transactions",
-        match report.status {
-            Status::Completed => "completed",
-            Status::Failed => "failed",
-            Status::Cancelled => "cancelled",
-            Status::InDoubt => "in doubt",
-        },
+        "{status}: {} rounds, {} pages of contents and {} of zeros, {:.1} MB on the wire{saved} in {:.0} ms, downtime {:.1} ms{verified}, {} slot transactions",
         report.rounds,
         report.pages_sent,
         report.zero_pages,

@@ -67,6 +67,28 @@ fn wrong_usage_is_2_and_names_the_fault() {
             with(&send, &["--throttle", "hard"]),
             "never, auto, all, writers",
         ),
+        (
+            with(&send, &["--local", "--channels", "2"]),
+            "--local takes one connection",
+        ),
+        (with(&send, &["--local", "--verify"]), "leave out --verify"),
+        (
+            with(&send, &["--local", "--compress", "lz4"]),
+            "leave out --compress",
+        ),
+        (with(&send, &["--local", "--tls", "/x"]), "leave out --tls"),
+        (
+            with(&send, &["--local", "--dry-run"]),
+            "leave out --dry-run",
+        ),
+        (
+            vec!["send", "--control", "/x", "--local", "--to", "tcp:h:1"],
+            "--local stays on this host",
+        ),
+        (
+            vec!["send", "--control", "/x", "--local", "--to", "file:/x"],
+            "--local stays on this host",
+        ),
         (vec!["receive", "--listen", "rdma:x"], "unknown scheme"),
         (vec!["receive", "--listen", "tcp:x"], "no port"),
         (

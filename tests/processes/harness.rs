@@ -256,6 +256,21 @@ impl Guest {
         }
     }
 
+    /// A guest with its service, its RAM in a memfd.
+    pub fn in_memory(place: &Place, ram: &str, more: &[&str]) -> Self {
+        let control = place.arg("control");
+        let mut args = vec!["guest", "--control", &control, "--ram", ram];
+        args.extend(["--write-rate", "2000", "--churn", "100"]);
+        args.extend(more);
+        let mut process = Process::start(&args);
+        process.says("guest runs");
+        Self {
+            ram: ram_of(&process),
+            process,
+            control,
+        }
+    }
+
     pub fn ram(&self) -> Vec<u8> {
         fs::read(&self.ram).unwrap()
     }
@@ -280,6 +295,16 @@ impl Guest {
         receive.wait_end().status("completed", 0);
         assert_same(&self.ram(), &receive.ram());
     }
+}
+
+/// The memfd that a process has its guest's RAM in.
+pub fn ram_of(process: &Process) -> PathBuf {
+    let open = fs::read_dir(format!("/proc/{}/fd", process.pid())).unwrap();
+    let is_ram = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:ram "))
+    };
+    let mut open = open.map(|entry| entry.unwrap().path());
+    open.find(is_ram).unwrap()
 }
 
 /// Waits until a file changes.

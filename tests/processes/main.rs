@@ -15,6 +15,7 @@ mod failures;
 mod harness;
 mod hops;
 mod kills;
+mod local;
 mod proxy;
 mod soak;
 mod storms;

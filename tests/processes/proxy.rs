@@ -1,11 +1,18 @@
 //! A line that stands still where it is told to, and goes on or breaks.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 /// Bytes of a frame's header, and where its kind and its two lengths stand.
 const HEADER: usize = 28;
@@ -19,6 +26,7 @@ pub const PAGES: u8 = 3;
 pub const SYNC: u8 = 5;
 pub const STATE: u8 = 6;
 pub const GO: u8 = 7;
+pub const MEMORY: u8 = 14;
 pub const WELCOME: u8 = 65;
 pub const APPLIED: u8 = 66;
 pub const READY: u8 = 67;
@@ -87,7 +95,7 @@ struct Direction {
 impl Direction {
     /// Copies whole frames until the stream ends or the line breaks.
     fn carry(mut self) {
-        while let Ok(frame) = frame(&mut self.from) {
+        while let Ok((frame, mut file)) = frame(&mut self.from) {
             let moving = self.moving.lock().unwrap();
             let mut left = &frame[..];
             if frame[KIND] == self.point.kind {
@@ -96,7 +104,7 @@ impl Direction {
                     Part::Half => frame.len() / 2,
                     Part::All => frame.len(),
                 };
-                let _ = self.to.write_all(&frame[..through]);
+                let _ = write(&mut self.to, &frame[..through], &mut file);
                 left = &frame[through..];
                 let (release, released) = channel();
                 // An error: the line stood still before and has been released.
@@ -107,7 +115,7 @@ impl Direction {
                     return;
                 }
             }
-            let sent = self.to.write_all(left);
+            let sent = write(&mut self.to, left, &mut file);
             drop(moving);
             if sent.is_err() {
                 break;
@@ -117,13 +125,40 @@ impl Direction {
     }
 }
 
-/// The next frame, all of it.
-fn frame(from: &mut UnixStream) -> io::Result<Vec<u8>> {
+/// The next frame, all of it, with the descriptor that came along.
+fn frame(from: &mut UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
     let mut frame = vec![0; HEADER];
-    from.read_exact(&mut frame)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut pieces = [IoSliceMut::new(&mut frame)];
+    let got = recvmsg(&*from, &mut pieces, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    if got == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let file = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+        _ => None,
+    });
+    from.read_exact(&mut frame[got..])?;
     let length = |at| u32::from_le_bytes(std::array::from_fn(|n| frame[at + n])) as usize;
     let rest = length(LENGTHS) + length(LENGTHS + 4);
     frame.resize(HEADER + rest, 0);
     from.read_exact(&mut frame[HEADER..])?;
-    Ok(frame)
+    Ok((frame, file))
+}
+
+/// Writes bytes of a frame; its descriptor goes along with the first one.
+fn write(to: &mut UnixStream, bytes: &[u8], file: &mut Option<OwnedFd>) -> io::Result<()> {
+    let mut sent = 0;
+    if !bytes.is_empty()
+        && let Some(file) = file.take()
+    {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = [file.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        let pieces = [IoSlice::new(bytes)];
+        sent = sendmsg(&*to, &pieces, &mut control, SendFlags::NOSIGNAL)?;
+    }
+    to.write_all(&bytes[sent..])
 }
