@@ -48,6 +48,17 @@ enum Guest {
     Away(StoppedGuest),
 }
 
+/// What is dirty for the destination of an attempt.
+#[derive(Debug)]
+enum Log {
+    /// Nobody has asked yet.
+    Off,
+    /// Since the first who asked.
+    On(Consumer),
+    /// The attempt has ended.
+    Ended,
+}
+
 /// A [`Source`] on a tracker in this process, for one attempt: its consumer starts all-dirty, because nothing is known of
 /// what the destination holds, and is gone when the attempt has ended. Another attempt takes another `LocalSource`.
 ///
@@ -56,7 +67,7 @@ enum Guest {
 pub struct LocalSource {
     tracker: Tracker,
     hooks: Box<dyn Hooks>,
-    consumer: Option<Consumer>,
+    log: Log,
     leases: BTreeMap<LeaseId, Leased>,
     next_lease: u64,
     guest: Guest,
@@ -79,8 +90,18 @@ impl LocalSource {
     /// # Errors
     /// Those of [`Tracker::consumer`].
     pub fn new(tracker: &Tracker, hooks: Box<dyn Hooks>) -> crate::Result<Self> {
-        Ok(Self {
-            consumer: Some(tracker.consumer(Start::AllDirty)?),
+        let mut source = Self::unlogged(tracker, hooks);
+        source.log = Log::On(tracker.consumer(Start::AllDirty)?);
+        Ok(source)
+    }
+
+    /// Begins an attempt in which logging is switched on, and everything dirty, by the first harvest or lease; by then it
+    /// fails as [`LocalSource::new`] does. A migration that hands the memory over makes none of them: the guest is not
+    /// slowed, and may have devices that report nothing of what they write.
+    #[must_use]
+    pub fn unlogged(tracker: &Tracker, hooks: Box<dyn Hooks>) -> Self {
+        Self {
+            log: Log::Off,
             tracker: tracker.clone(),
             hooks,
             leases: BTreeMap::new(),
@@ -88,7 +109,7 @@ impl LocalSource {
             guest: Guest::Running,
             throttling: None,
             transactions_before: tracker.transactions(),
-        })
+        }
     }
 
     /// A block of the layout in force, or of an open lease.
@@ -100,10 +121,15 @@ impl LocalSource {
         self.tracker.block(id).or_else(leased)
     }
 
-    fn consumer(&self) -> Result<&Consumer> {
-        self.consumer
-            .as_ref()
-            .ok_or_else(|| MigrateError::source(gleaner_bitmap::Error::ConsumerGone))
+    fn consumer(&mut self) -> Result<&Consumer> {
+        if let Log::Off = self.log {
+            let consumer = self.tracker.consumer(Start::AllDirty);
+            self.log = Log::On(consumer.map_err(MigrateError::source)?);
+        }
+        match &self.log {
+            Log::On(consumer) => Ok(consumer),
+            _ => Err(MigrateError::source(gleaner_bitmap::Error::ConsumerGone)),
+        }
     }
 
     /// What the destination of this attempt has says nothing about the next one's.
@@ -111,7 +137,7 @@ impl LocalSource {
         self.throttling = None;
         self.leases.clear();
         if !mutant::is_planted(Mutant::AttemptOnConsumedBits) {
-            self.consumer = None;
+            self.log = Log::Ended;
         }
     }
 
@@ -128,6 +154,7 @@ impl Source for LocalSource {
     }
 
     fn harvest(&mut self) -> Result<Harvested> {
+        self.consumer()?;
         self.tracker.harvest().map_err(MigrateError::source)?;
         Ok(Harvested {
             generation: self.tracker.layout().generation(),

@@ -253,6 +253,28 @@ fn a_source_that_has_let_go_writes_nothing_whatever_becomes_of_it() {
     }
 }
 
+/// No consumer can be while a device writes and reports nothing, so none is needed.
+#[test]
+fn nothing_is_logged_for_it() {
+    let machine = started(&config(Backend::Model, Tracking::Bitmap));
+    machine.tracker().attach_unlogged("nic").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("control");
+    let _service = Service::serve(machine.tracker(), &path, machine.hooks_factory()).unwrap();
+    let attempt = |local| {
+        let Attach::Ready(mut source) = ServiceClient::attach(&path, MigrationId([9; 16])).unwrap()
+        else {
+            panic!("in doubt")
+        };
+        let mut to = IncomingMachine::new().resume(Backend::Model, Tracking::Bitmap);
+        migrate(&mut source, &mut to, local)
+    };
+    let report = attempt(false);
+    assert_eq!(report.status, Status::Failed);
+    assert!(report.reason.unwrap().contains("nic"));
+    assert_eq!(attempt(true).status, Status::Completed);
+}
+
 #[test]
 fn memory_is_handed_over_only_while_the_guest_is_stopped() {
     let machine = started(&config(Backend::Model, Tracking::Bitmap));

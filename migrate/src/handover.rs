@@ -16,11 +16,11 @@ use crate::sender::Session;
 use crate::wire::{MemoryBody, Message, Payload};
 
 impl Session<'_> {
-    /// Sends the layout while the guest runs, until it may be stopped. To the policy, which has seen no
-    /// round, that is at once, unless the switchover is held back: until the time is over.
+    /// Sends the layout while the guest runs, until it may be stopped: at once, unless the switchover is held
+    /// back. The policy has seen no round, so all that it can say is that the time is over.
     pub(crate) fn await_switchover(&mut self) -> Result<()> {
         loop {
-            self.harvest()?;
+            self.follow_layout()?;
             // The destination hears that this end is alive.
             self.lanes.lead().round_trip()?;
             let decision = self.decide();
@@ -34,8 +34,15 @@ impl Session<'_> {
         }
     }
 
+    /// Sends the layout if it is another one. Nothing is harvested: what is dirty, the destination has as well.
+    fn follow_layout(&mut self) -> Result<()> {
+        self.supply.look_at_layout()?;
+        self.send_layout()
+    }
+
     /// Hands over the memory of every block of the last layout. The guest is stopped.
     pub(crate) fn hand_over(&mut self) -> Result<()> {
+        self.follow_layout()?;
         let layout = self.supply.sent();
         for info in layout.iter().flat_map(|layout| layout.blocks()) {
             let (descriptor, offset) = self.supply.source.hand_over(info.id)?;

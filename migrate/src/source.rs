@@ -19,7 +19,7 @@ use crate::{Error, Memory, Result, Throttle, Throttles};
 /// attempt brings it back, by `complete` or `resume`, by dropping the source, or by the death of an agent in another
 /// process.
 ///
-/// Where memory is handed over, [`Source::hand_over`] stands in the place of leases.
+/// Where memory is handed over, [`Source::hand_over`] stands in the place of harvests and leases, of which there are none.
 ///
 /// Errors are made with [`Error::source`]. After an error of any method before [`Source::relinquish`] the sender
 /// releases its leases and calls [`Source::resume`].

@@ -153,6 +153,15 @@ impl<'a> Supply<'a> {
         Ok(harvested)
     }
 
+    /// Notes whether the destination needs another layout before memory can be handed over under it: slots count too.
+    pub(crate) fn look_at_layout(&mut self) -> Result<()> {
+        let layout = self.source.layout()?;
+        if self.sent.is_none() || self.sent_generation() < layout.generation() {
+            self.ahead = Some(layout);
+        }
+        Ok(())
+    }
+
     /// Whether the destination needs another layout for pages of this generation: one with other blocks. Slots that
     /// merely moved are told at the switchover.
     fn needs_layout(&mut self, needed: Generation) -> Result<bool> {

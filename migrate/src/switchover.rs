@@ -25,23 +25,22 @@ impl Session<'_> {
         };
         self.supply.source.stop()?;
         parts.stop = lap(self);
-        // Saving state dirties memory, so the last harvest comes after it.
         let mut state = self.supply.source.state()?;
         parts.state = lap(self);
-        let dirty = self.harvest()?.dirty_pages;
-        self.supply.last_layout()?;
-        self.send_layout()?;
-        parts.harvest = lap(self);
         if self.report.local {
             self.hand_over()?;
+            parts.send = lap(self);
         } else {
+            // Saving state dirties memory, so the last harvest comes after it.
+            let dirty = self.last_harvest()?;
+            parts.harvest = lap(self);
             self.send_rest(dirty)?;
+            parts.send = lap(self);
+            if self.verify {
+                self.compare_all()?;
+            }
+            parts.verify = lap(self);
         }
-        parts.send = lap(self);
-        if self.verify {
-            self.compare_all()?;
-        }
-        parts.verify = lap(self);
         if mutant::is_planted(Mutant::StateSavedLast) {
             state = self.supply.source.state()?;
         }
@@ -79,9 +78,17 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Sends what was dirty at the last harvest.
-    fn send_rest(&mut self, dirty: u64) -> Result<()> {
+    /// The pages that are left, and the layout that they are sent under.
+    fn last_harvest(&mut self) -> Result<u64> {
+        let dirty = self.harvest()?.dirty_pages;
+        self.supply.last_layout()?;
+        self.send_layout()?;
         self.history.remaining_pages = dirty;
+        Ok(dirty)
+    }
+
+    /// Sends all that was dirty at the last harvest.
+    fn send_rest(&mut self, dirty: u64) -> Result<()> {
         let leased = self.send_pages(None)?;
         if leased < dirty {
             return Err(Error::HeldBack { leased, dirty });

@@ -50,7 +50,7 @@ impl ServiceSocket {
         let ended = CancelToken::new();
         let current = Arc::new(Mutex::new(None));
         let tracker = tracker.clone();
-        let session = Session::new(move || LocalSource::new(&tracker, hooks()));
+        let session = Session::new(move || Ok(LocalSource::unlogged(&tracker, hooks())));
         let (stop, slot) = (ended.clone(), Arc::clone(&current));
         let listener = self.listener;
         let thread = std::thread::Builder::new()
