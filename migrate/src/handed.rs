@@ -118,9 +118,15 @@ fn check(info: &BlockInfo, file: &File, offset: u64) -> Result<()> {
         name: info.name.clone(),
         why,
     };
+    // A file of huge pages isn't either: one that the system has no page for kills as well.
+    if !is_in_memory(file.as_fd()) {
+        let why = "it is no memfd of ordinary pages; send it page by page";
+        return Err(refused(why.into()));
+    }
     let seals = fcntl_get_seals(file).unwrap_or(SealFlags::empty());
-    if !is_in_memory(file.as_fd()) || !seals.contains(SealFlags::SHRINK) {
-        return Err(refused("it is no memfd sealed against shrinking".into()));
+    if !seals.contains(SealFlags::SHRINK) {
+        let why = "it is no memfd that is sealed against shrinking; send it page by page";
+        return Err(refused(why.into()));
     }
     let flags = fcntl_getfl(file).map_err(|e| refused(e.to_string()))?;
     if flags & OFlags::RWMODE != OFlags::RDWR || flags.contains(OFlags::PATH) {

@@ -315,6 +315,26 @@ fn a_source_without_tls_is_told_that_the_destination_has_it() {
 }
 
 #[test]
+fn memory_is_not_handed_over_through_tls() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = Authority::new("one").directory(place.path().join("tls"));
+    let address = Address::Unix(place.path().join("s"));
+    let listener = bind(&address, &dir);
+    let destination = Answering::at(listener);
+    let options = SenderOptions {
+        local: true,
+        ..options()
+    };
+    let source = ToySource::new(10);
+    let to = connector(address, &dir);
+    let report = Sender::new(&mut source.clone(), options).run_to(&to);
+    let reason = report.reason.unwrap();
+    assert!(reason.contains("without TLS"), "{reason}");
+    assert!(source.guest().running && !source.guest().calls.contains(&"stop"));
+    drop(destination);
+}
+
+#[test]
 fn a_source_with_tls_is_told_that_the_destination_has_none() {
     let place = tempfile::tempdir().unwrap();
     let dir = Authority::new("one").directory(place.path().join("tls"));
