@@ -125,6 +125,21 @@ fn the_guest_goes_on_with_its_memory_and_hops_on_either_way() {
     }
 }
 
+#[test]
+fn a_guest_of_any_size_is_whole_where_it_goes_on() {
+    if !kvm() {
+        return;
+    }
+    for ram in [64 << 20, 1 << 30] {
+        let machine = started(&MachineConfig {
+            ram,
+            ..config(Backend::Kvm, Tracking::Auto)
+        });
+        wait_for_writes(&machine, 50_000);
+        hop(machine, Tracking::Auto, true, true);
+    }
+}
+
 /// Looks at the memory as it is when the state has been saved, and when the guest goes on.
 struct Watching {
     inner: Box<dyn Hooks>,

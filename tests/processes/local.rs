@@ -56,6 +56,7 @@ fn hop(backend: &str) {
     let sent = guest.send(&second.address, &["--local"]).end();
     let report = sent.status("completed", 0);
     assert_keys(&report, &SEND);
+    assert_eq!(report["local"], true, "{report}");
     assert_eq!(report["pages_sent"], 0, "{report}");
     guest.process.says("has migrated away");
     // Its process may end, without a last word too.
@@ -67,10 +68,12 @@ fn hop(backend: &str) {
     let report = second.send(&third.address, &["--local"]);
     assert_eq!(report["pages_sent"], 0, "{report}");
     second.process.says("has migrated away");
-    second.process.interrupt().status("completed", 0);
+    let received = second.process.interrupt().status("completed", 0);
+    assert_eq!(received["local"], true, "{received}");
     third.assert_runs();
     let mut fourth = Receive::start(&place, "fourth", &[]);
     let report = third.send(&fourth.address, &["--verify"]);
+    assert_eq!(report["local"], false, "{report}");
     assert!(report["pages_sent"].as_u64() > Some(0), "{report}");
     fourth.wait_end().status("completed", 0);
     let left = std::fs::read(ram_of(&third.process)).unwrap();
@@ -192,6 +195,44 @@ fn a_destination_killed_after_that_leaves_a_doubt_that_stays() {
         let asked = guest.send(&other.address, &["--local"]).end();
         asked.failed("in-doubt", "the guest stays stopped here");
         assert_same(&stopped, &guest.ram());
+    }
+}
+
+#[test]
+fn a_doubt_is_settled_by_the_destination_whose_memory_it_is() {
+    if !kvm() {
+        return;
+    }
+    // It runs there, and the answer is lost.
+    for part in [Part::Nothing, Part::Half] {
+        let place = Place::new();
+        let mut guest = Guest::in_memory(&place, RAM, &[]);
+        let (send, mut there, held) = standing(&place, &guest, RUNNING, part);
+        held.cut();
+        send.end().failed("in-doubt", "has not answered");
+        there.assert_runs();
+        let asked = guest.send(&there.address, &["--local"]).end();
+        asked.status("completed", 0);
+        guest.process.says("has migrated away");
+        guest.process.kill();
+        there.assert_runs();
+        let mut end = Receive::start(&place, "end", &[]);
+        there.send(&end.address, &["--verify"]);
+        end.wait_end().status("completed", 0);
+    }
+    // It was never told to run: what it says then gives the guest back, with its memory.
+    for part in [Part::Nothing, Part::Half] {
+        let place = Place::new();
+        let mut guest = Guest::in_memory(&place, RAM, &[]);
+        let (send, there, held) = standing(&place, &guest, GO, part);
+        let stopped = guest.ram();
+        held.cut();
+        send.end().failed("in-doubt", "has not answered");
+        assert_same(&stopped, &guest.ram());
+        let asked = guest.send(&there.address, &["--local"]).end();
+        asked.failed("failed", "never ran the guest");
+        guest.assert_runs();
+        assert_unharmed(guest, &place);
     }
 }
 
