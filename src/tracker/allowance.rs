@@ -1,5 +1,7 @@
 //! What a vCPU may dirty: a budget that grows with time.
 
+use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use super::throttle::SLICE;
@@ -9,29 +11,64 @@ const KEPT: Duration = Duration::from_millis(100);
 /// The longest rest: with a slice between two, 99 % of the time.
 const LONGEST: u32 = 99;
 
+/// The budgets of all vCPUs under one order.
+#[derive(Debug, Default)]
+pub(super) struct Allowances {
+    order: u64,
+    by_vcpu: BTreeMap<u64, Allowance>,
+}
+
+impl Allowances {
+    /// vCPUs have dirtied so many pages in all, by their ids: which have to rest, and until when. What they dirtied under
+    /// another order is no debt under this one.
+    #[allow(clippy::cast_precision_loss)] // pages a second
+    pub(super) fn look(
+        &mut self,
+        order: u64,
+        dirtied: &[(u64, u64)],
+        now: Instant,
+        pages_per_second: NonZeroU64,
+    ) -> Vec<(u64, Instant)> {
+        if self.order != order {
+            self.order = order;
+            self.by_vcpu.clear();
+        }
+        let rate = pages_per_second.get() as f64;
+        let rests = dirtied.iter().filter_map(|&(vcpu, pages)| {
+            let allowance = self.by_vcpu.entry(vcpu);
+            let allowance = allowance.or_insert_with(|| Allowance::new(pages, now));
+            Some((vcpu, allowance.look(pages, now, rate)?))
+        });
+        rests.collect()
+    }
+}
+
 /// One vCPU's budget.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Allowance {
+struct Allowance {
     /// Pages it had dirtied when this was looked at last, and when that was.
     dirtied: u64,
     at: Instant,
     /// Pages that it may still dirty; below zero if it has to rest until it may.
     left: f64,
+    /// It does not rest again before, or it would rest for ever when its rests end just before a look.
+    runs_until: Instant,
 }
 
 impl Allowance {
     /// A vCPU that has dirtied so many pages, before anything was taken from it.
-    pub(super) const fn new(dirtied: u64, now: Instant) -> Self {
+    const fn new(dirtied: u64, now: Instant) -> Self {
         Self {
             dirtied,
             at: now,
             left: 0.0,
+            runs_until: now,
         }
     }
 
     /// It has dirtied so many pages in all: until when it rests so that it comes to `rate` pages a second, if it does.
     #[allow(clippy::cast_precision_loss)] // pages of a moment
-    pub(super) fn look(&mut self, dirtied: u64, now: Instant, rate: f64) -> Option<Instant> {
+    fn look(&mut self, dirtied: u64, now: Instant, rate: f64) -> Option<Instant> {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         let pages = dirtied.saturating_sub(self.dirtied) as f64;
         let most = rate * KEPT.as_secs_f64();
@@ -39,7 +76,12 @@ impl Allowance {
         self.left = (self.left + time * rate).min(most) - pages;
         self.left = self.left.max(least);
         (self.dirtied, self.at) = (dirtied, now);
-        (self.left < 0.0).then(|| now + Duration::from_secs_f64(-self.left / rate))
+        if self.left >= 0.0 || now < self.runs_until {
+            return None;
+        }
+        let until = now + Duration::from_secs_f64(-self.left / rate);
+        self.runs_until = until + SLICE;
+        Some(until)
     }
 }
 
@@ -99,5 +141,41 @@ mod tests {
         let (reached, rested) = run(1e6, 1.0);
         assert!((0.98..0.995).contains(&rested), "{rested}");
         assert!(reached > 5000.0, "{reached}");
+    }
+
+    /// Its rests, the longest there are, end just before a look.
+    #[test]
+    fn whenever_it_is_looked_at_a_vcpu_runs_a_slice_between_two_rests() {
+        let look = SLICE + SLICE / 1000;
+        let mut now = Instant::now();
+        let mut allowance = Allowance::new(0, now);
+        let (mut dirtied, mut ran, mut until) = (0, Duration::ZERO, now);
+        for _ in 0..10_000 {
+            let next = now + look;
+            let free = next.saturating_duration_since(until.max(now));
+            ran += free;
+            dirtied += u64::try_from(free.as_micros()).unwrap();
+            now = next;
+            if let Some(later) = allowance.look(dirtied, now, 1.0) {
+                until = later;
+            }
+        }
+        let share = ran.as_secs_f64() / (look * 10_000).as_secs_f64();
+        assert!((0.01..0.02).contains(&share), "{share}");
+    }
+
+    #[test]
+    fn what_was_dirtied_under_another_order_is_no_debt() {
+        let (start, one) = (Instant::now(), NonZeroU64::MIN);
+        let mut allowances = Allowances::default();
+        let mut rests = |order, pages, slices| {
+            let rests = allowances.look(order, &[(3, pages)], start + SLICE * slices, one);
+            !rests.is_empty()
+        };
+        assert!(!rests(1, 7, 0));
+        assert!(rests(1, 9, 1));
+        assert!(!rests(3, 1000, 200));
+        assert!(!rests(3, 1000, 201));
+        assert!(rests(3, 1001, 202));
     }
 }

@@ -3,8 +3,6 @@
 //! A thread orders rests, which the gate enforces. It lives as long as the [`Throttling`] does, and nobody waits for it: it
 //! orders nothing after its [`Throttling`] has changed its mind or gone.
 
-use std::collections::BTreeMap;
-use std::num::NonZeroU64;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -12,7 +10,7 @@ use std::time::{Duration, Instant};
 use gleaner_migrate::{Throttle, Throttles};
 use gleaner_ring::Mode;
 
-use super::allowance::Allowance;
+use super::allowance::Allowances;
 use super::{KvmLog, Shared, Tracker};
 use crate::gate::Gate;
 use crate::{Error, Result};
@@ -50,6 +48,13 @@ struct Order {
 }
 
 impl Desk {
+    const fn new(order: Order) -> Self {
+        Self {
+            order: Mutex::new(order),
+            changed: Condvar::new(),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Order> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -62,6 +67,14 @@ impl Desk {
         gate.wake();
         drop(order);
         self.changed.notify_all();
+    }
+
+    /// Changes what slows the guest. The same again changes nothing: were a rest to begin anew each time, who repeats
+    /// himself would stop the guest.
+    fn set(&self, gate: &Gate, throttle: Throttle) {
+        if self.lock().throttle != throttle {
+            self.change(gate, |order| order.throttle = throttle);
+        }
     }
 
     /// Does what the order of this number led to, unless it has changed since.
@@ -119,10 +132,7 @@ impl Tracker {
         };
         // Dropped on the error's path, it takes everything back.
         let throttling = Throttling {
-            desk: Arc::new(Desk {
-                order: Mutex::new(order),
-                changed: Condvar::new(),
-            }),
+            desk: Arc::new(Desk::new(order)),
             tracker: self.clone(),
         };
         let (desk, gate) = (Arc::clone(&throttling.desk), Arc::clone(&self.0.gate));
@@ -158,8 +168,7 @@ impl Throttling {
     /// Those of [`Tracker::throttle`]; what slowed it before still does.
     pub fn set(&self, throttle: Throttle) -> Result<()> {
         self.tracker.check(throttle)?;
-        self.desk
-            .change(&self.tracker.0.gate, |order| order.throttle = throttle);
+        self.desk.set(&self.tracker.0.gate, throttle);
         Ok(())
     }
 }
@@ -178,7 +187,7 @@ fn rest(percent: u8) -> Duration {
 }
 
 fn run(desk: &Desk, gate: &Gate, shared: &Weak<Shared>, mut order: Order) {
-    let mut allowances = BTreeMap::new();
+    let mut allowances = Allowances::default();
     while !order.ended {
         let patience = match order.throttle {
             Throttle::Off => None,
@@ -192,7 +201,9 @@ fn run(desk: &Desk, gate: &Gate, shared: &Weak<Shared>, mut order: Order) {
                 let Some(shared) = shared.upgrade() else {
                     return;
                 };
-                for (vcpu, until) in look(&shared.dirtied(), &mut allowances, pages_per_second) {
+                let (dirtied, now) = (shared.dirtied(), Instant::now());
+                let rests = allowances.look(order.number, &dirtied, now, pages_per_second);
+                for (vcpu, until) in rests {
                     desk.act(order.number, || gate.rest(until, |other| other == vcpu));
                 }
                 Some(SLICE)
@@ -200,24 +211,6 @@ fn run(desk: &Desk, gate: &Gate, shared: &Weak<Shared>, mut order: Order) {
         };
         order = desk.next(order.number, patience);
     }
-}
-
-/// Which vCPUs have dirtied more than they may, and until when they rest.
-#[allow(clippy::cast_precision_loss)] // pages a second
-fn look(
-    dirtied: &[(u64, u64)],
-    allowances: &mut BTreeMap<u64, Allowance>,
-    pages_per_second: NonZeroU64,
-) -> Vec<(u64, Instant)> {
-    let now = Instant::now();
-    let rate = pages_per_second.get() as f64;
-    let rests = dirtied.iter().filter_map(|&(vcpu, pages)| {
-        let allowance = allowances
-            .entry(vcpu)
-            .or_insert_with(|| Allowance::new(pages, now));
-        Some((vcpu, allowance.look(pages, now, rate)?))
-    });
-    rests.collect()
 }
 
 impl Shared {
@@ -230,7 +223,7 @@ impl Shared {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -244,5 +237,20 @@ mod tests {
                 "{percent}: {share}"
             );
         }
+    }
+
+    #[test]
+    fn the_same_again_begins_no_rest_anew() {
+        let gate = Gate::new(libc::SIGRTMIN()).unwrap();
+        let desk = Desk::new(Order {
+            throttle: Throttle::Off,
+            number: 0,
+            ended: false,
+        });
+        let orders = [10, 10, 20, 10].map(|percent| {
+            desk.set(&gate, Throttle::All { percent });
+            desk.lock().number
+        });
+        assert_eq!(orders, [1, 1, 2, 3]);
     }
 }
