@@ -22,6 +22,8 @@ use gleaner_ring::{DirtyRing, Entered, Vcpu, VcpuIdentity};
 use std::io;
 use std::mem::ManuallyDrop;
 
+mod rests;
+
 const ALL: u32 = CLOSED | STOP | SHUTDOWN;
 
 /// One vCPU's `KVM_RUN`, and the thread that calls it.
@@ -36,6 +38,21 @@ struct Kernel {
 struct Thread {
     in_kernel: bool,
     signalled: bool,
+}
+
+impl Kernel {
+    fn out(&self) {
+        *self.thread.lock().unwrap() = Thread::default();
+        self.signal.notify_all();
+    }
+
+    /// Waits until the vCPU, which is watched, is out of `KVM_RUN`.
+    fn wait_out(&self) {
+        let mut thread = self.thread.lock().unwrap();
+        while thread.in_kernel {
+            thread = self.signal.wait(thread).unwrap();
+        }
+    }
 }
 
 /// What a kick consists of.
@@ -74,6 +91,8 @@ struct Guest {
     memory: Memory,
     /// Whether it leaves by itself, or only when it is kicked.
     exits: bool,
+    /// Whether somebody waits for it to be out. For the others nothing but its seat orders what it has read.
+    watched: bool,
 }
 
 impl Vcpu for Guest {
@@ -101,13 +120,17 @@ impl Vcpu for Guest {
         while runs && !self.exits && !thread.signalled {
             thread = self.kernel.signal.wait(thread).unwrap();
         }
-        *thread = Thread::default();
-        drop(thread);
-        if !runs {
-            return Entered::Interrupted;
+        if !self.watched {
+            *thread = Thread::default();
         }
-        self.memory.read();
-        if self.exits {
+        drop(thread);
+        if runs {
+            self.memory.read();
+        }
+        if self.watched {
+            self.kernel.out();
+        }
+        if runs && self.exits {
             Entered::Exit(())
         } else {
             Entered::Interrupted
@@ -137,6 +160,7 @@ impl Vm {
             kicks,
             memory: self.memory.clone(),
             exits: false,
+            watched: false,
         };
         (Seat::new(&self.gate, &guest, id, None).unwrap(), guest)
     }
