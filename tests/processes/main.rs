@@ -17,6 +17,7 @@ mod hops;
 mod kills;
 mod local;
 mod proxy;
+mod slowed;
 mod soak;
 mod storms;
 #[cfg(feature = "tls")]
