@@ -282,6 +282,39 @@ fn where_no_throttle_helps_it_goes_on_and_says_so() {
     );
 }
 
+#[test]
+fn a_step_is_given_two_rounds_before_the_next_one() {
+    let goal = Goal {
+        throttle: Throttles::All,
+        ..GOAL
+    };
+    let mut history = history(0);
+    // Dirtied three times as fast as sent, whatever the throttle.
+    let mut after_another_round = || {
+        history.push(Round {
+            pages: 100_000,
+            seconds: 1.0,
+            dirty_pages: 300_000,
+            dirty_seconds: 1.0,
+            ..Round::default()
+        });
+        history.remaining_pages = 300_000;
+        let verdict = decide(&history, &goal).verdict;
+        if let Verdict::Throttle(throttle) = verdict {
+            history.throttle = throttle;
+        }
+        verdict
+    };
+    let first = Verdict::Throttle(Throttle::All { percent: 20 });
+    assert!((0..6).any(|_| after_another_round() == first));
+    for percent in [30, 40, 50] {
+        // It may have begun before the step: it says nothing of it.
+        assert_eq!(after_another_round(), Verdict::Continue, "{percent}");
+        let next = Verdict::Throttle(Throttle::All { percent });
+        assert_eq!(after_another_round(), next);
+    }
+}
+
 /// Rounds of any kind.
 fn histories() -> impl Strategy<Value = History> {
     let throttle = prop_oneof![
