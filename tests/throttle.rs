@@ -7,7 +7,7 @@
 mod common;
 
 use std::num::NonZeroU64;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::crew::Crew;
 use common::{Copy, MODES, Watchdog, kvm};
@@ -35,10 +35,9 @@ fn throttle(tracker: &Tracker, throttle: Throttle) -> Throttling {
 
 /// What `count` grows by in a while.
 fn progress<const N: usize>(count: &impl Fn() -> [u64; N]) -> [u64; N] {
-    let (before, since) = (count(), Instant::now());
-    while since.elapsed() < WHILE {
-        std::thread::yield_now();
-    }
+    let before = count();
+    // Not by spinning: the vCPUs need the CPU.
+    std::thread::sleep(WHILE);
     let mut grown = count();
     grown
         .iter_mut()
@@ -65,6 +64,19 @@ fn slowed<const N: usize>(
     let [slow, full] = sums;
     assert!(!full.contains(&0), "a vCPU does not run at all: {full:?}");
     std::array::from_fn(|n| slow[n] as f64 / full[n] as f64)
+}
+
+/// Waits until no vCPU gets on: all rest.
+fn wait_for_rest(count: impl Fn() -> Vec<u64>) {
+    let mut before = count();
+    loop {
+        std::thread::sleep(Duration::from_millis(3));
+        let now = count();
+        if now == before {
+            return;
+        }
+        before = now;
+    }
 }
 
 #[test]
@@ -139,11 +151,10 @@ fn stops_and_transactions_wait_for_nobody_who_rests() {
     for (_, tracking) in MODES {
         let crew = Crew::spin(tracking, 2);
         let tracker = &crew.shared.tracker;
-        while crew.shared.spun().contains(&0) {
-            std::thread::yield_now();
-        }
+        crew.shared.wait_for_spin();
         let throttling = throttle(tracker, ALMOST_STOPPED);
         for round in 1..=100 {
+            wait_for_rest(|| crew.shared.spun());
             let stopped = tracker.stop(|| Ok(())).unwrap();
             assert_eq!(stopped.vcpus().save().unwrap().len(), 2);
             drop(stopped);
@@ -157,13 +168,15 @@ fn stops_and_transactions_wait_for_nobody_who_rests() {
 
 #[test]
 fn all_go_on_at_once_when_it_is_over() {
+    // Were each to rest to its end, which takes a second, the watchdog would end it.
     if !kvm() {
         return;
     }
     let _watchdog = Watchdog::new("a vCPU that was throttled");
     let crew = Crew::start(Tracking::Auto, 2, |b| b, |_, _| ());
-    for round in 0..200 {
+    for round in 0..150 {
         let throttling = throttle(&crew.shared.tracker, ALMOST_STOPPED);
+        wait_for_rest(|| crew.shared.exits());
         let exits = crew.shared.exits();
         if round % 2 == 0 {
             drop(throttling);
@@ -180,9 +193,11 @@ fn a_guest_that_rests_can_be_ended() {
         return;
     }
     let _watchdog = Watchdog::new("the end of a vCPU that rests");
-    for _ in 0..50 {
+    for _ in 0..150 {
         let crew = Crew::spin(Tracking::Auto, 2);
         let throttling = throttle(&crew.shared.tracker, ALMOST_STOPPED);
+        crew.shared.wait_for_spin();
+        wait_for_rest(|| crew.shared.spun());
         crew.shared.tracker.shutdown();
         crew.join();
         drop(throttling);

@@ -42,6 +42,13 @@ impl Shared {
             .collect()
     }
 
+    /// Waits until every vCPU spins.
+    pub fn wait_for_spin(&self) {
+        while self.spun().contains(&0) {
+            std::thread::yield_now();
+        }
+    }
+
     /// Pages of the home region, which only vCPUs write.
     pub fn home(&self) -> Vec<u8> {
         let memory = self.ram.memory().as_volatile_slice();
