@@ -43,6 +43,8 @@ enum Command {
     /// Migrates the guest of a service to a destination: the source-side agent.
     Send(send::Send),
     /// Receives a guest: the destination.
+    ///
+    /// It takes one migration. After one that failed it ends with 1: start it again before the next `send`.
     Receive(receive::Receive),
 }
 

@@ -125,10 +125,10 @@ pub struct MigrationOptions {
     /// The most bytes a second, all connections together (K, M, G).
     #[arg(long, value_name = "RATE", value_parser = units::size)]
     pub bandwidth_limit: Option<u64>,
-    /// The most time in total (30s).
+    /// The most time in total, for example 30s; no limit unless given.
     #[arg(long, value_name = "D", value_parser = units::duration)]
     pub timeout: Option<Duration>,
-    /// What happens when it is over.
+    /// What happens when --timeout is over.
     #[arg(long, value_enum, default_value_t = AtTimeout::Cancel)]
     pub on_timeout: AtTimeout,
     /// What is slowed down of a guest that does not converge: auto is the writers where the guest can tell them, else all

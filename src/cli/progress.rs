@@ -84,7 +84,7 @@ fn round(p: &Progress) -> String {
     let total = p.forecast_total_ms.map(|ms| ms.likely / 1e3);
     let total = match total {
         Some(seconds) if seconds.is_finite() => {
-            format!(", done {} after the start", Seconds(seconds))
+            format!(", expected to be done {} after the start", Seconds(seconds))
         }
         _ => String::new(),
     };

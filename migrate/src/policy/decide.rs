@@ -122,10 +122,15 @@ fn fitting_before(history: &History, goal: &Goal) -> usize {
 
 fn over_the_limit(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdict, String) {
     let limit = Seconds(goal.downtime_limit.as_secs_f64());
-    let over = format!(
-        "a switchover would stop the guest for {}, over the limit of {limit}",
-        told(forecast)
-    );
+    let over = if forecast.downtime.likely > goal.downtime_limit.as_secs_f64() {
+        let downtime = told(forecast);
+        format!("a switchover would stop the guest for {downtime}, over the limit of {limit}")
+    } else {
+        let (likely, bound) = (Seconds(forecast.downtime.likely), Seconds(forecast.bound));
+        format!(
+            "a switchover would probably stop the guest for {likely}, but it may be {bound}, over the limit of {limit}"
+        )
+    };
     if forecast.converges {
         let until = forecast.until.likely;
         let when = if until.is_finite() {
