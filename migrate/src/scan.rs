@@ -4,8 +4,11 @@ use gleaner_bitmap::{PAGE_SIZE, PageRange};
 use vm_memory::VolatileSlice;
 
 use crate::memory::PAGE;
-use crate::zero::is_zero;
+use crate::zero::{is_zero, soon};
 use crate::{Error, LeasedPart, Result};
+
+/// How far ahead pages are announced, in bytes: as many cache misses as a core has under way at a time.
+const AHEAD: usize = 16 * PAGE;
 
 /// Cuts the pages of `part`, whose contents are `memory`, into runs of pages that are zero (`true`) and that are not.
 /// Holes of the memory are zero without being read.
@@ -41,6 +44,7 @@ pub(crate) fn runs(
         }
         let mut offset = bytes(data.first - all.first)?;
         for page in data.first..data.end() {
+            soon(memory, offset + AHEAD);
             let zero = memory
                 .subslice(offset, PAGE)
                 .is_ok_and(|page| is_zero(&page));

@@ -53,14 +53,14 @@ pub fn clear(memory: &MappedMemory) -> Result<()> {
 /// Reads all bytes, and does nothing with them that could cost more than reading: whether one is not zero.
 pub fn read_all(memory: &MappedMemory) -> Result<(Duration, bool)> {
     let all = whole(memory)?;
-    let mut page = [0u64; 512];
+    let mut page = [0u8; 4096];
     let (took, any) = time(|| {
         let mut any = 0;
         for at in (0..all.len()).step_by(4096) {
             if let Ok(part) = all.subslice(at, 4096) {
                 part.copy_to(&mut page);
             }
-            any |= page.iter().fold(0, |all, word| all | word);
+            any |= page.iter().fold(0, |all, byte| all | byte);
         }
         any
     });
