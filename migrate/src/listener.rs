@@ -167,6 +167,8 @@ impl Listener {
                         return Ok(None);
                     }
                 }
+                // Left to whoever accepts next.
+                Ok(_) if cancel.is_cancelled() => {}
                 Ok(_) => return self.take().map(Some),
                 Err(cause) => return Err(Error::io("await a connection", cause.into())),
             }

@@ -75,6 +75,14 @@ impl Receive {
             .map(ServiceSocket::bind)
             .transpose()
             .map_err(output.failure())?;
+        if let Some(control) = &control {
+            // Before the source can know that the guest runs here, and its user send it on.
+            let arriving = control.arriving();
+            destination = destination.on_complete(Box::new(move |_| {
+                arriving.cancel();
+                Ok(())
+            }));
+        }
         let listener = self.tls.listener(&self.listen).map_err(output.failure())?;
         eprintln!(
             "gleaner: listening at {}",

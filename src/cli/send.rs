@@ -82,19 +82,19 @@ impl Send {
             return self.rehearse(output, id, cancel, trace.as_ref());
         };
         let to = self.tls.connector(address.clone());
-        let mut source = match ServiceClient::attach(&self.control, id) {
+        let mut source = match ServiceClient::attach_until(&self.control, id, &cancel) {
             Ok(Attach::Ready(source)) => source,
             Ok(Attach::InDoubt(source, earlier)) => {
                 eprintln!("gleaner: migration {earlier} is in doubt, asking {address}");
                 let outcome = to.and_then(|to| query(&to, earlier, QUERY_PATIENCE));
                 return Ok(settle(output, source, earlier, outcome));
             }
-            Err(error) => return Ok(give_up(output, id, &error)),
+            Err(error) => return Ok(give_up(output, id, &cancel, &error)),
         };
         // Not before: of a guest in doubt it must not be said that it runs here.
         let to = match to {
             Ok(to) => to,
-            Err(error) => return Ok(give_up(output, id, &error)),
+            Err(error) => return Ok(give_up(output, id, &cancel, &error)),
         };
         let mut options = self.migration.sender(id, cancel, trace.as_ref());
         options.local = self.local;
@@ -113,7 +113,7 @@ impl Send {
         cancel: CancelToken,
         trace: Option<&Trace>,
     ) -> Result<ExitCode, Failure> {
-        match ServiceClient::attach(&self.control, id).map_err(output.failure())? {
+        match ServiceClient::attach_until(&self.control, id, &cancel).map_err(output.failure())? {
             Attach::Ready(mut source) => {
                 let options = self.migration.sender(id, cancel, trace);
                 dry_run::run(&mut source, &options, trace, output)
@@ -165,9 +165,18 @@ fn settle(
 }
 
 /// It failed before a byte was sent.
-fn give_up(output: Output, id: MigrationId, error: &dyn std::error::Error) -> ExitCode {
+fn give_up(
+    output: Output,
+    id: MigrationId,
+    cancel: &CancelToken,
+    error: &dyn std::error::Error,
+) -> ExitCode {
     let mut report = Report::new(id);
-    report.status = Status::Failed;
+    report.status = if cancel.is_cancelled() {
+        Status::Cancelled
+    } else {
+        Status::Failed
+    };
     report.reason = Some(error.to_string());
     output.result(&report, || summary(&report));
     exit_code(&report)

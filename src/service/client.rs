@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, Layout};
 use gleaner_migrate::{
-    Error as MigrateError, Harvested, LeaseId, LeasedPart, MappedMemory, Memory, MigrationId,
-    PageLease, Result, Source, Throttle, Throttles,
+    CancelToken, Error as MigrateError, Harvested, LeaseId, LeasedPart, MappedMemory, Memory,
+    MigrationId, PageLease, Result, Source, Throttle, Throttles,
 };
 
 use super::exchange::{Exchange, SocketExchange};
@@ -44,7 +44,20 @@ impl ServiceClient {
     /// # Errors
     /// [`Error::Socket`] when nobody serves there; [`Error::Service`] with what the service says.
     pub fn attach(path: &Path, migration: MigrationId) -> crate::Result<Attach> {
-        Self::attach_over(SocketExchange::connect(path)?, migration)
+        Self::attach_until(path, migration, &CancelToken::new())
+    }
+
+    /// As [`ServiceClient::attach`], for a migration that `cancel` calls off: from then on no answer of the service, now
+    /// or later, is waited for longer than 1 s.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn attach_until(
+        path: &Path,
+        migration: MigrationId,
+        cancel: &CancelToken,
+    ) -> crate::Result<Attach> {
+        Self::attach_over(SocketExchange::connect(path, cancel)?, migration)
     }
 }
 

@@ -1,16 +1,27 @@
 //! How an agent asks: over a socket, or however else its requests reach a session.
 
 use std::fs::File;
+use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use gleaner_migrate::CancelToken;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::message::{Request, Response, receive_response, send_request};
 use crate::{Error, Result};
 
 /// Longest wait for an answer: stopping a guest has a limit of 10 s of its own.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Longest wait for it when the migration was called off: whoever did so waits for the agent's end.
+const CALLED_OFF: Duration = Duration::from_secs(1);
+/// How often a wait looks whether it was.
+const TICK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 50_000_000,
+};
 
 /// A connection to a service. Dropped, the service hears that the agent is gone.
 pub trait Exchange: Send {
@@ -27,14 +38,15 @@ pub trait Exchange: Send {
 pub struct SocketExchange {
     stream: UnixStream,
     path: PathBuf,
+    cancel: CancelToken,
 }
 
 impl SocketExchange {
-    /// Connects to the service at `path`.
+    /// Connects to the service at `path`. When `cancel` is used no answer is waited for longer than 1 s.
     ///
     /// # Errors
     /// [`Error::Socket`] when nobody serves there.
-    pub fn connect(path: &Path) -> Result<Self> {
+    pub fn connect(path: &Path, cancel: &CancelToken) -> Result<Self> {
         let fail = |source| Error::Socket {
             path: path.to_path_buf(),
             source,
@@ -45,7 +57,33 @@ impl SocketExchange {
         Ok(Self {
             stream,
             path: path.to_path_buf(),
+            cancel: cancel.clone(),
         })
+    }
+
+    /// Returns when an answer begins to come.
+    fn wait(&self) -> io::Result<()> {
+        let start = Instant::now();
+        let mut called_off = None;
+        loop {
+            let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+            match poll(&mut fds, Some(&TICK)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+            if self.cancel.is_cancelled() {
+                let since = called_off.get_or_insert_with(Instant::now);
+                if since.elapsed() >= CALLED_OFF {
+                    let text = "cancelled, and the service does not answer";
+                    return Err(io::Error::other(text));
+                }
+            }
+            if start.elapsed() >= PATIENCE {
+                let text = format!("no answer for {} s", PATIENCE.as_secs());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+        }
     }
 }
 
@@ -53,7 +91,9 @@ impl Exchange for SocketExchange {
     fn ask(&mut self, request: &Request) -> Result<(Response, Option<File>)> {
         // A service that refuses says why before it hangs up, so a failed send is followed by a look for its words.
         let sent = send_request(&mut self.stream, request);
-        let answer = receive_response(&mut self.stream);
+        let answer = self
+            .wait()
+            .and_then(|()| receive_response(&mut self.stream));
         match (sent, answer) {
             (Ok(()), Ok((response, fd))) => Ok((response, fd.map(File::from))),
             (Err(_), Ok((response @ Response::Error(_), _))) => Ok((response, None)),

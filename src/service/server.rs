@@ -18,24 +18,38 @@ use crate::{Error, Hooks, LocalSource, Result, Tracker};
 /// Between two looks whether an agent that has gone is cleaned up after.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// A service's socket, before there is anything to serve. Agents that connect wait until it is served; dropping it removes
-/// it, and they hear that it is gone.
+/// A service's socket, before there is anything to serve. Agents that connect are told so at once; from
+/// [`ServiceSocket::arriving`] on they wait. Dropping it removes it, and they hear that it is gone.
 #[derive(Debug)]
 pub struct ServiceSocket {
-    listener: Listener,
     path: PathBuf,
+    arriving: CancelToken,
+    /// Turns agents away, and gives the listener back.
+    door: Option<JoinHandle<Listener>>,
 }
 
 impl ServiceSocket {
     /// Binds `path`, with mode 0600.
     ///
     /// # Errors
-    /// [`Error::Migrate`] when the path is in use by another service or can't be bound.
+    /// [`Error::Migrate`] when the path is in use by another service or can't be bound; [`Error::Thread`].
     pub fn bind(path: &Path) -> Result<Self> {
+        let listener = Listener::bind(&Address::Unix(path.to_path_buf()))?;
+        let arriving = CancelToken::new();
+        let until = arriving.clone();
+        let door = thread("service-door", move || turn_away(listener, &until))?;
         Ok(Self {
-            listener: Listener::bind(&Address::Unix(path.to_path_buf()))?,
             path: path.to_path_buf(),
+            arriving,
+            door: Some(door),
         })
+    }
+
+    /// To be used when the guest is about to come: agents are not turned away any more, because it may be served before
+    /// they hear of that.
+    #[must_use]
+    pub fn arriving(&self) -> CancelToken {
+        self.arriving.clone()
     }
 
     /// Serves `tracker`; `hooks` are asked for at the start of each attempt.
@@ -43,30 +57,65 @@ impl ServiceSocket {
     /// # Errors
     /// [`Error::Thread`].
     pub fn serve(
-        self,
+        mut self,
         tracker: &Tracker,
-        mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
+        hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
     ) -> Result<Service> {
-        let ended = CancelToken::new();
-        let current = Arc::new(Mutex::new(None));
-        let tracker = tracker.clone();
-        let session = Session::new(move || Ok(LocalSource::unlogged(&tracker, hooks())));
-        let (stop, slot) = (ended.clone(), Arc::clone(&current));
-        let listener = self.listener;
-        let thread = std::thread::Builder::new()
-            .name("service".into())
-            .spawn(move || accept(&listener, session, &stop, &slot))
-            .map_err(|source| Error::Thread {
-                name: "service",
-                source,
-            })?;
-        Ok(Service {
-            path: self.path,
-            ended,
-            current,
-            thread: Some(thread),
-        })
+        match self.close() {
+            Some(listener) => {
+                Service::start(listener, std::mem::take(&mut self.path), tracker, hooks)
+            }
+            None => Err(Error::Thread {
+                name: "service-door",
+                source: io::Error::other("it panicked"),
+            }),
+        }
     }
+
+    fn close(&mut self) -> Option<Listener> {
+        self.arriving.cancel();
+        self.door.take()?.join().ok()
+    }
+}
+
+impl Drop for ServiceSocket {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Tells agents that there is no guest, until one is about to come.
+fn turn_away(listener: Listener, arriving: &CancelToken) -> Listener {
+    const TEXT: &str = "no guest is here yet: this destination still awaits one";
+    loop {
+        match listener.accept_until(arriving, None) {
+            Ok(Some(Stream::Unix(mut stream))) => {
+                // As long as an agent may take to say hello; what it says makes no difference.
+                let told = stream
+                    .set_write_timeout(Some(HELLO_PATIENCE))
+                    .and_then(|()| send_response(&mut stream, &Response::Error(TEXT.into()), None));
+                if let Err(error) = told {
+                    tracing::info!(%error, "agent");
+                }
+            }
+            Ok(_) => {}
+            Err(gleaner_migrate::Error::Cancelled) => return listener,
+            Err(error) => {
+                tracing::warn!(%error, "service socket");
+                std::thread::sleep(RETRY);
+            }
+        }
+    }
+}
+
+fn thread<T: Send + 'static>(
+    name: &'static str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(run)
+        .map_err(|source| Error::Thread { name, source })
 }
 
 /// A tracker's service on a Unix socket. Dropping it removes the socket and hangs up on the agent.
@@ -83,13 +132,34 @@ impl Service {
     /// Serves `tracker` at `path`; `hooks` are asked for at the start of each attempt.
     ///
     /// # Errors
-    /// Those of [`ServiceSocket::bind`] and [`ServiceSocket::serve`].
+    /// Those of [`ServiceSocket::bind`].
     pub fn serve(
         tracker: &Tracker,
         path: &Path,
         hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
     ) -> Result<Self> {
-        ServiceSocket::bind(path)?.serve(tracker, hooks)
+        let listener = Listener::bind(&Address::Unix(path.to_path_buf()))?;
+        Self::start(listener, path.to_path_buf(), tracker, hooks)
+    }
+
+    fn start(
+        listener: Listener,
+        path: PathBuf,
+        tracker: &Tracker,
+        mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
+    ) -> Result<Self> {
+        let ended = CancelToken::new();
+        let current = Arc::new(Mutex::new(None));
+        let tracker = tracker.clone();
+        let session = Session::new(move || Ok(LocalSource::unlogged(&tracker, hooks())));
+        let (stop, slot) = (ended.clone(), Arc::clone(&current));
+        let thread = thread("service", move || accept(&listener, session, &stop, &slot))?;
+        Ok(Self {
+            path,
+            ended,
+            current,
+            thread: Some(thread),
+        })
     }
 
     /// Where it listens.

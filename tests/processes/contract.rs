@@ -1,5 +1,8 @@
 //! What scripts depend on: help, exit status, one clear line.
 
+use std::io::Read;
+use std::os::unix::net::UnixListener;
+
 use rustix::process::Signal;
 
 use crate::common::kvm;
@@ -210,4 +213,33 @@ fn ctrl_c_ends_a_destination_that_waits() {
         assert_keys(&report, &RECEIVE);
         assert!(!place.path("socket").exists(), "socket left");
     }
+}
+
+#[test]
+fn an_agent_whose_guest_has_not_come_yet_is_told_so() {
+    let place = Place::new();
+    let (control, there) = (place.arg("control"), place.unix("there"));
+    let receive = ["receive", "--json", "--listen", &there, "--resume"];
+    let mut receive = Process::start(&[&receive[..], &["--control", &control]].concat());
+    receive.says("listening at ");
+    let to = place.unix("elsewhere");
+    let send = ["send", "--json", "--control", &control];
+    for more in [&["--to", &*to][..], &["--dry-run"]] {
+        run(&[&send[..], more].concat()).failed("failed", "no guest is here yet");
+    }
+    receive.interrupt().failed("cancelled", "cancelled");
+    assert!(!std::fs::exists(&control).unwrap(), "control socket left");
+}
+
+#[test]
+fn ctrl_c_ends_an_agent_whose_service_does_not_answer() {
+    let place = Place::new();
+    let control = place.arg("control");
+    let service = UnixListener::bind(&control).unwrap();
+    let to = place.unix("there");
+    let send = ["send", "--json", "--control", &control, "--to", &to];
+    let send = Process::start(&send);
+    let (mut agent, _) = service.accept().unwrap();
+    agent.read_exact(&mut [0; 4]).unwrap();
+    send.interrupt().failed("cancelled", "does not answer");
 }
