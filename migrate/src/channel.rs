@@ -1,5 +1,7 @@
 //! What a sender sends over: a stream, with a thread that hears the answers, or whatever else carries frames.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -10,17 +12,17 @@ use crate::wire::{Inlet, Message, Outlet, Patience, Payload};
 use crate::{Error, Result, Stream};
 
 /// Answers that may wait to be taken. More than are ever due, so only a peer that breaks the protocol is slowed by it.
-const WAITING: usize = 64;
+pub(crate) const WAITING: usize = 64;
 
 /// Frames to the destination and answers from it. It knows nothing of the protocol; the [`Sender`](crate::Sender) keeps
 /// order, limits and pace.
 pub trait Channel {
-    /// Sends a frame and returns its number, from 0. While nothing moves it asks `patience` now and then, with the time
-    /// since something did, and gives up with its error.
+    /// Sends a frame and returns its number, from 0. While it takes long it asks `patience` now and then, with the time
+    /// since something moved, and gives up with its error.
     ///
     /// # Errors
-    /// [`Error::Closed`], [`Error::Io`], those of `patience`: the frame may be half sent. [`Error::TooLong`],
-    /// [`Error::Metadata`]: nothing of it is.
+    /// [`Error::Closed`], [`Error::Io`], [`Error::Refused`] when that is heard meanwhile, those of `patience`: the frame
+    /// may be half sent. [`Error::TooLong`], [`Error::Metadata`]: nothing of it is.
     fn send(
         &mut self,
         message: &Message,
@@ -102,6 +104,8 @@ pub(crate) struct StreamChannel {
     outlet: Outlet,
     /// `None` for a file.
     answers: Option<Receiver<Result<Message>>>,
+    /// Those that came while a frame was written.
+    heard: VecDeque<Result<Message>>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -122,6 +126,7 @@ impl StreamChannel {
         Ok(Self {
             outlet: Outlet::new(stream),
             answers,
+            heard: VecDeque::new(),
             reader,
         })
     }
@@ -134,10 +139,18 @@ impl Channel for StreamChannel {
         payload: &Payload<'_>,
         patience: Patience<'_>,
     ) -> Result<u64> {
-        self.outlet.send(message, payload, patience)
+        let (answers, heard) = (&self.answers, RefCell::new(&mut self.heard));
+        let listening = |stalled| {
+            listen(answers.as_ref(), &mut heard.borrow_mut())?;
+            patience(stalled)
+        };
+        self.outlet.send(message, payload, &listening)
     }
 
     fn answer(&mut self, wait: Duration) -> Result<Option<Message>> {
+        if let Some(answer) = self.heard.pop_front() {
+            return answer.map(Some);
+        }
         let Some(answers) = &self.answers else {
             return Ok(None);
         };
@@ -188,6 +201,22 @@ impl Channel for StreamChannel {
             let _ = reader.join();
         }
     }
+}
+
+/// Takes the answers that are there. A destination that has refused reads no more: who writes must know at once.
+fn listen(
+    answers: Option<&Receiver<Result<Message>>>,
+    heard: &mut VecDeque<Result<Message>>,
+) -> Result<()> {
+    while heard.len() < WAITING
+        && let Some(Ok(answer)) = answers.map(Receiver::try_recv)
+    {
+        match answer {
+            Ok(Message::Refused(reason)) => return Err(Error::Refused { reason }),
+            answer => heard.push_back(answer),
+        }
+    }
+    Ok(())
 }
 
 fn read_answers(mut inlet: Inlet, to: &SyncSender<Result<Message>>) {

@@ -1,9 +1,11 @@
 //! The sender's end of a channel: limits, pace, and refusals that come when nobody awaits an answer.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::channel::WAITING;
 use crate::patience::{CancelToken, TICK};
 use crate::wire::{Message, Payload};
 use crate::{Channel, Clock, Error, Result};
@@ -113,8 +115,8 @@ impl Limits {
 
 /// One connection of a sender.
 pub(crate) struct Link<C: Channel + ?Sized> {
-    /// An answer that was taken while looking for a refusal.
-    taken: Option<Message>,
+    /// Answers that were taken while looking for a refusal.
+    taken: VecDeque<Message>,
     pub(crate) limits: Arc<Limits>,
     channel: C,
 }
@@ -122,7 +124,7 @@ pub(crate) struct Link<C: Channel + ?Sized> {
 impl<C: Channel> Link<C> {
     pub(crate) const fn new(channel: C, limits: Arc<Limits>) -> Self {
         Self {
-            taken: None,
+            taken: VecDeque::new(),
             limits,
             channel,
         }
@@ -174,7 +176,11 @@ impl<C: Channel + ?Sized> Link<C> {
         let start = self.limits.clock.now();
         loop {
             self.limits.check()?;
-            if let Some(answer) = self.next(TICK)? {
+            let answer = match self.taken.pop_front() {
+                None => self.hear(TICK)?,
+                taken => taken,
+            };
+            if let Some(answer) = answer {
                 return Ok(answer);
             }
             let after = self.limits.clock.since(start);
@@ -193,10 +199,11 @@ impl<C: Channel + ?Sized> Link<C> {
             if left.is_zero() {
                 return Ok(());
             }
-            if !self.is_answered() || self.taken.is_some() {
+            if !self.is_answered() || self.taken.len() >= WAITING {
                 self.limits.clock.sleep(left.min(TICK));
             } else {
-                self.taken = self.next(left.min(TICK))?;
+                let answer = self.hear(left.min(TICK))?;
+                self.taken.extend(answer);
             }
         }
     }
@@ -213,21 +220,21 @@ impl<C: Channel + ?Sized> Link<C> {
         }
     }
 
-    /// The next answer, if one comes within `wait`. A refusal is an error.
-    fn next(&mut self, wait: Duration) -> Result<Option<Message>> {
-        if let Some(answer) = self.taken.take() {
-            return Ok(Some(answer));
-        }
+    /// The next answer that has not been taken, if one comes within `wait`. A refusal is an error.
+    fn hear(&mut self, wait: Duration) -> Result<Option<Message>> {
         match self.channel.answer(wait)? {
             Some(Message::Refused(reason)) => Err(Error::Refused { reason }),
             answer => Ok(answer),
         }
     }
 
-    /// A destination that has refused reads no more: better heard before the next frame than after a timeout.
+    /// A destination that has refused reads no more: better heard before the next frame than after a timeout, and behind
+    /// answers that nobody has awaited yet.
     fn look_for_refusal(&mut self) -> Result<()> {
-        if self.taken.is_none() {
-            self.taken = self.next(Duration::ZERO)?;
+        while self.taken.len() < WAITING
+            && let Some(answer) = self.hear(Duration::ZERO)?
+        {
+            self.taken.push_back(answer);
         }
         Ok(())
     }
@@ -265,7 +272,75 @@ impl<C: Channel + ?Sized> Link<C> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // helpers are not known to be tests
     use super::*;
+    use crate::wire::Patience;
+
+    /// A destination that has said all this, and reads nothing any more.
+    struct Said(VecDeque<Message>);
+
+    impl Channel for Said {
+        fn send(&mut self, _: &Message, _: &Payload<'_>, _: Patience<'_>) -> Result<u64> {
+            Ok(0)
+        }
+
+        fn answer(&mut self, _: Duration) -> Result<Option<Message>> {
+            Ok(self.0.pop_front())
+        }
+
+        fn is_answered(&self) -> bool {
+            true
+        }
+
+        fn is_whole(&self) -> bool {
+            true
+        }
+
+        fn bytes(&self) -> u64 {
+            0
+        }
+
+        fn sync(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn close(&mut self) {}
+    }
+
+    fn link(said: &[Message]) -> Link<Said> {
+        let (clock, now) = (Clock::real(), Instant::now());
+        let limits = Limits {
+            clock,
+            cancel: CancelToken::new(),
+            deadline: None,
+            silence: Duration::from_secs(30),
+            committed: AtomicBool::new(false),
+            failure: Failure::default(),
+            pace: Pace::new(None, now),
+        };
+        Link::new(Said(said.iter().cloned().collect()), Arc::new(limits))
+    }
+
+    #[test]
+    fn a_refusal_behind_answers_that_nobody_awaits_is_heard() {
+        let said = [
+            Message::Applied(0),
+            Message::Applied(1),
+            Message::Refused("no room".into()),
+        ];
+        let refused = |heard: Result<()>| match heard {
+            Err(Error::Refused { reason }) => assert_eq!(reason, "no room"),
+            other => panic!("{other:?}"),
+        };
+        refused(link(&said).send(&Message::Sync, &Payload::None).map(drop));
+        refused(link(&said).pause(Duration::from_millis(1)));
+        // What was taken on the way is answered with, in its order.
+        let mut link = link(&said[..2]);
+        link.send(&Message::Sync, &Payload::None).unwrap();
+        for n in 0..2 {
+            assert!(matches!(link.answer("testing"), Ok(Message::Applied(of)) if of == n));
+        }
+    }
 
     #[test]
     fn a_limit_is_kept_whoever_takes_the_next_place() {

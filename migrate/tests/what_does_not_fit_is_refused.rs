@@ -451,6 +451,98 @@ fn a_destination_that_answers_with_something_else() {
     }
 }
 
+/// Pages of the frame that both ends are in the middle of below. So many that nobody gets through it by chance.
+const MANY: u64 = 8192;
+
+#[test]
+fn a_receiver_called_off_says_so_in_the_middle_of_a_frame() {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let options = receiver_options();
+    let cancel = options.cancel.clone();
+    let place = ToyDestination::default();
+    let mut there = place.clone();
+    let receiving = thread::spawn(move || Receiver::new(&mut there, options).run(far.into()));
+    let pages = Message::Pages(extents(&[(3, 0, MANY)]));
+    let mut payload = vec![1; usize::try_from(MANY * 4096).unwrap()];
+    let frame_of_pages = frame(2, &pages, &payload);
+    payload.clear();
+    for (n, message) in (0..).zip([hello(), layout(1, MANY)]) {
+        near.write_all(&frame(n, &message, &payload)).unwrap();
+    }
+    // Little by little, so that there always is something to read.
+    let mut written = 0;
+    for (n, bytes) in frame_of_pages.chunks(16).enumerate() {
+        if n == 10_000 {
+            cancel.cancel();
+        }
+        if near.write_all(bytes).is_err() {
+            break;
+        }
+        written += bytes.len();
+    }
+    assert!(written < frame_of_pages.len(), "all of it was read");
+    let received = receiving.join().unwrap();
+    assert!(matches!(received.error, Some(Error::Cancelled)));
+    assert!(place.place().aborted);
+    let mut answers = Vec::new();
+    let _ = near.read_to_end(&mut answers);
+    let last = frame(2, &Message::Refused("cancelled".into()), &[]);
+    assert!(answers.ends_with(&last), "{answers:?}");
+}
+
+#[test]
+fn a_sender_hears_a_refusal_in_the_middle_of_a_frame() {
+    let (near, mut far) = UnixStream::pair().unwrap();
+    let source = ToySource::new(MANY);
+    {
+        let mut guest = source.guest();
+        let ram = guest.id("ram");
+        for page in 0..MANY {
+            guest.write(ram, page, 0x22);
+        }
+    }
+    let mut guest = source.clone();
+    let sending = thread::spawn(move || Sender::new(&mut guest, options()).run(near.into()));
+    let next = |far: &mut UnixStream| {
+        let mut head = [0; HEADER_LEN];
+        far.read_exact(&mut head).unwrap();
+        let header = Header::parse(&head).unwrap();
+        let mut metadata = vec![0; header.metadata as usize];
+        far.read_exact(&mut metadata).unwrap();
+        (header, Message::decode(header.kind, &metadata).unwrap())
+    };
+    let mut answers = 0;
+    let frame_of_pages = loop {
+        let (header, message) = next(&mut far);
+        let answer = match message {
+            Message::Hello(_) => Message::Welcome(VERSION),
+            Message::Layout(layout) => Message::Adopted(Adopted {
+                generation: layout.generation,
+                zero: Vec::new(),
+            }),
+            Message::Sync => Message::Applied(header.sequence),
+            _ => break header,
+        };
+        far.write_all(&frame(answers, &answer, &[])).unwrap();
+        answers += 1;
+    };
+    assert_eq!(frame_of_pages.kind, Kind::Pages);
+    let refusal = Message::Refused("no room".into());
+    far.write_all(&frame(answers, &refusal, &[])).unwrap();
+    // Little by little, so that it always gets on with its writing.
+    let (mut read, mut bytes) = (0, [0; 4]);
+    while let Ok(n @ 1..) = far.read(&mut bytes) {
+        read += n;
+    }
+    let report = sending.join().unwrap();
+    assert_eq!(report.reason.as_deref(), Some("no room"));
+    assert!(
+        read < frame_of_pages.payload as usize,
+        "all of it was written"
+    );
+    assert!(source.guest().running);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 

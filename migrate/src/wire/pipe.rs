@@ -8,10 +8,11 @@ use vm_memory::VolatileSlice;
 
 use super::header::{HEADER_LEN, Header};
 use super::message::Message;
+use crate::patience::TICK;
 use crate::{Error, Result, Stream};
 
-/// Asked each time the stream's own timeout has passed without a byte, with the time since the last one. Its error ends
-/// the wait.
+/// Asked each time the stream's own timeout has passed without a byte, with the time since the last one; and now and then,
+/// with no time, while bytes go on. Its error ends the transfer.
 pub type Patience<'a> = &'a dyn Fn(Duration) -> Result<()>;
 
 /// What follows the metadata.
@@ -47,12 +48,17 @@ fn pump(
 ) -> Result<()> {
     let total = left;
     let mut last = Instant::now();
+    let mut asked = last;
     while left > 0 {
         match step(total - left) {
             Ok(0) => return Err(Error::Closed { during }),
             Ok(n) => {
                 left = left.saturating_sub(n);
                 last = Instant::now();
+                if left > 0 && last - asked >= TICK {
+                    asked = last;
+                    patience(Duration::ZERO)?;
+                }
             }
             Err(e) => match e.kind() {
                 io::ErrorKind::Interrupted => {}
