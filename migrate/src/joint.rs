@@ -6,8 +6,9 @@ use std::thread::Scope;
 use std::time::Duration;
 
 use crate::landing::Landing;
+use crate::newcomers::GREETING;
 use crate::pack::Unpacker;
-use crate::receiver::{GREETING, StreamPeer};
+use crate::receiver::StreamPeer;
 use crate::wire::{Join, MAX_CHANNELS, Message, VERSION};
 use crate::{
     CancelToken, Error, Listener, MigrationId, Outcome, Peer, ReceiverOptions, Result, Stream,

@@ -61,6 +61,7 @@ mod link;
 mod listener;
 mod memory;
 mod memory_wire;
+mod newcomers;
 mod outcome;
 mod pack;
 mod patience;

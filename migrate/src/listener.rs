@@ -9,10 +9,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
-use crate::patience::TICK;
+use crate::newcomers::Newcomers;
 use crate::{Address, CancelToken, Error, Result, Stream, raw};
 #[cfg(feature = "tls")]
 use crate::{TlsServer, tls::Handshakes};
@@ -21,6 +20,7 @@ use crate::{TlsServer, tls::Handshakes};
 #[derive(Debug)]
 pub struct Listener {
     kind: Kind,
+    newcomers: Newcomers,
     /// Kept for its drop.
     _file: Option<Owned>,
     #[cfg(feature = "tls")]
@@ -83,6 +83,7 @@ impl Listener {
         };
         Ok(Self {
             kind,
+            newcomers: Newcomers::default(),
             _file: file,
             #[cfg(feature = "tls")]
             tls: None,
@@ -139,7 +140,9 @@ impl Listener {
         .map_err(|cause| Error::io("accept a connection", cause))
     }
 
-    /// As [`Listener::accept`], until `cancel` is used; `None` when none has come by `end`.
+    /// As [`Listener::accept`], until `cancel` is used; `None` when none has come by `end`. Of a socket's connections the
+    /// next one that says something, or hangs up: those that do neither are waited for side by side, for 5 s each, and
+    /// are a warning in the log then. At most 32 are waited for at once.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; those of [`Listener::accept`].
@@ -155,25 +158,7 @@ impl Listener {
         let Some(waiting) = self.waiting() else {
             return self.take().map(Some);
         };
-        let tick = Timespec {
-            tv_sec: 0,
-            tv_nsec: TICK.subsec_nanos().into(),
-        };
-        let mut fds = [PollFd::from_borrowed_fd(waiting, PollFlags::IN)];
-        while !cancel.is_cancelled() {
-            match poll(&mut fds, Some(&tick)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => {
-                    if end.is_some_and(|end| Instant::now() >= end) {
-                        return Ok(None);
-                    }
-                }
-                // Left to whoever accepts next.
-                Ok(_) if cancel.is_cancelled() => {}
-                Ok(_) => return self.take().map(Some),
-                Err(cause) => return Err(Error::io("await a connection", cause.into())),
-            }
-        }
-        Err(Error::Cancelled)
+        self.newcomers.next(waiting, &|| self.take(), cancel, end)
     }
 
     /// What is ready when a connection has come, where one has to come.

@@ -2,11 +2,12 @@
 
 use std::os::fd::OwnedFd;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
 use crate::joint::{Joint, keep_the_door};
+use crate::newcomers::GREETING;
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::report::Received;
 use crate::wire::{Inlet, MAX_CHANNELS, Message, Outlet, Patience, Payload};
@@ -14,8 +15,6 @@ use crate::{
     CancelToken, Clock, Destination, Error, Listener, Outcomes, Peer, Reception, Result, Stream,
 };
 
-/// How long a new connection may take to say what it wants: while it is waited for, nobody else is heard.
-pub(crate) const GREETING: Duration = Duration::from_secs(5);
 /// How long the source may take to say that it has heard that the guest runs. It runs meanwhile.
 const HEARD: Duration = Duration::from_secs(2);
 
@@ -67,24 +66,45 @@ impl<'a> Receiver<'a> {
     /// [`Error::Io`] of the listener: no migration has begun.
     pub fn listen(self, listener: &Listener) -> Result<Received> {
         loop {
-            let stream = match listener.accept_until(&self.options.cancel, None) {
+            let again = Receiver::new(&mut *self.destination, self.options.clone());
+            match again.listen_until(listener, None)? {
+                Some(received) if received.asked.is_none() || !listener.is_socket() => {
+                    return Ok(received);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// As [`Receiver::listen`], and what it hears first: a migration, or a question ([`Received::asked`]), which has been
+    /// answered. `None` when neither has come by `end`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn listen_until(
+        self,
+        listener: &Listener,
+        end: Option<Instant>,
+    ) -> Result<Option<Received>> {
+        loop {
+            let stream = match listener.accept_until(&self.options.cancel, end) {
                 Ok(Some(stream)) => stream,
-                Ok(None) => continue,
+                Ok(None) => return Ok(None),
                 Err(error @ Error::Cancelled) => {
                     let mut report = Received::nothing();
                     report.fail(error);
-                    return Ok(report);
+                    return Ok(Some(report));
                 }
                 Err(error) => return Err(error),
             };
             let again = Receiver::new(&mut *self.destination, self.options.clone());
             let received = again.receive(stream, Some(listener));
             match &received.error {
-                Some(Error::Cancelled) => return Ok(received),
+                Some(Error::Cancelled | Error::OnlyQuery) => return Ok(Some(received)),
                 Some(error) if received.migration_id.is_none() && listener.is_socket() => {
                     tracing::info!(%error, "a connection without a migration");
                 }
-                _ => return Ok(received),
+                _ => return Ok(Some(received)),
             }
         }
     }

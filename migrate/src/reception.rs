@@ -211,6 +211,7 @@ impl<'a> Reception<'a> {
             Message::Query(id) => {
                 let outcome = self.options.outcomes.get(id);
                 answer(peer, &Message::Outcome(outcome))?;
+                self.report.asked = Some(id);
                 return Err(Error::OnlyQuery);
             }
             Message::Layout(layout) => {

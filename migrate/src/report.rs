@@ -207,6 +207,9 @@ pub struct Received {
     /// The source was told READY, and may not have heard the end: it may ask, see [`serve_query`](crate::serve_query).
     #[serde(skip)]
     pub may_be_asked: bool,
+    /// No migration: it was only asked what became of this one, and has answered.
+    #[serde(skip)]
+    pub asked: Option<MigrationId>,
 }
 
 impl Received {
@@ -225,6 +228,7 @@ impl Received {
             layouts: 0,
             total_ms: 0.0,
             may_be_asked: false,
+            asked: None,
         }
     }
 

@@ -98,6 +98,16 @@ impl Stream {
 
     /// Says that nothing more will be said, then reads and drops what the peer still sends, until it is done too or
     /// `limit` has passed: closing a socket with unread bytes would take back what was said last.
+    /// Who is at the other end, for people.
+    pub(crate) fn peer(&self) -> String {
+        match self {
+            Self::Tcp(tcp) => tcp
+                .peer_addr()
+                .map_or_else(|_| "a peer that has gone".into(), |peer| peer.to_string()),
+            _ => "a Unix socket".into(),
+        }
+    }
+
     pub(crate) fn linger(&self, limit: Duration) {
         if self.is_file() {
             return;

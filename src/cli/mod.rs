@@ -44,7 +44,8 @@ enum Command {
     Send(send::Send),
     /// Receives a guest: the destination.
     ///
-    /// It takes one migration. After one that failed it ends with 1: start it again before the next `send`.
+    /// It takes one migration. After one that failed it ends with 1: start it again before the next `send`. Only where the
+    /// source may not have heard of the failure it awaits its question for a while, and takes another guest meanwhile.
     Receive(receive::Receive),
 }
 
@@ -60,7 +61,7 @@ pub fn main() -> ExitCode {
             .exit();
     }
     // Whom a destination turned away, its user wants to know.
-    let usual = "error,gleaner_migrate::tls=warn";
+    let usual = "error,gleaner_migrate::tls=warn,gleaner_migrate::newcomers=warn";
     let filter = cli.log.unwrap_or_else(|| usual.into());
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))

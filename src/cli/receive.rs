@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Error, Listener, Outcome, Outcomes, Received, Receiver, ReceiverOptions,
-    Status, serve_query,
+    Address, CancelToken, Error, Listener, MigrationId, Outcome, Outcomes, Received, Receiver,
+    ReceiverOptions, Status, serve_query,
 };
 
 use super::Failure;
@@ -58,31 +58,19 @@ impl Receive {
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
         let mut destination = IncomingMachine::new();
-        if let Some(dir) = self.ram_dir {
-            std::fs::create_dir_all(&dir)
+        if let Some(dir) = &self.ram_dir {
+            std::fs::create_dir_all(dir)
                 .map_err(|e| output.failure()(format!("{}: {e}", dir.display())))?;
-            destination = destination.ram_dir(dir);
+            destination = destination.ram_dir(dir.clone());
         }
         if self.resume {
             destination = destination.resume(self.backend.settle(), Tracking::Auto);
         }
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
+        let bind = || self.control.as_deref().map(ServiceSocket::bind).transpose();
         // Before the guest comes: one that has come must not be lost for a path that is in use.
-        let control = self
-            .control
-            .as_deref()
-            .map(ServiceSocket::bind)
-            .transpose()
-            .map_err(output.failure())?;
-        if let Some(control) = &control {
-            // Before the source can know that the guest runs here, and its user send it on.
-            let arriving = control.arriving();
-            destination = destination.on_complete(Box::new(move |_| {
-                arriving.cancel();
-                Ok(())
-            }));
-        }
+        let mut control = bind().map_err(output.failure())?;
         let listener = self.tls.listener(&self.listen).map_err(output.failure())?;
         eprintln!(
             "gleaner: listening at {}",
@@ -93,36 +81,94 @@ impl Receive {
             ..ReceiverOptions::default()
         };
         let outcomes = options.outcomes.clone();
-        let received = Receiver::new(&mut destination, options)
-            .listen(&listener)
-            .map_err(output.failure())?;
-        output.result(&received, || summary(&received));
-        // The result has been told: from here on there is only standard error.
-        if received.status != Status::Completed {
-            eprintln!(
-                "gleaner: {}",
-                received.reason.as_deref().unwrap_or("nothing was received")
-            );
+        let mut doubts = Doubts::default();
+        let mut last = None;
+        loop {
+            if let Some(control) = &control {
+                // Before the source can know that the guest runs here, and its user send it on.
+                let arriving = control.arriving();
+                destination = destination.on_complete(Box::new(move |_| {
+                    arriving.cancel();
+                    Ok(())
+                }));
+            }
+            let heard = Receiver::new(&mut destination, options.clone())
+                .listen_until(&listener, doubts.end)
+                .map_err(output.failure())?;
+            let Some(received) = heard else {
+                break;
+            };
+            if let Some(id) = received.asked {
+                if doubts.settled(id) {
+                    break;
+                }
+                continue;
+            }
+            if last.is_some() && received.migration_id.is_none() {
+                // Called off while nothing came.
+                break;
+            }
+            if received.status == Status::Completed {
+                output.result(&received, || summary(&received));
+                if let Some(machine) = destination.take_machine() {
+                    return Ok(host(&machine, control, &listener, &outcomes, &cancel));
+                }
+                if received.may_be_asked && listener.is_socket() {
+                    say_doubt("its question");
+                    answer_queries(&listener, &outcomes, &cancel, Some(Instant::now() + DOUBT));
+                }
+                return Ok(ExitCode::SUCCESS);
+            }
+            let reason = received.reason.as_deref();
+            eprintln!("gleaner: {}", reason.unwrap_or("nothing was received"));
+            if let Some(id) = received.migration_id.filter(|_| received.may_be_asked)
+                && listener.is_socket()
+            {
+                doubts.begin(id);
+                say_doubt("its question, or another guest,");
+            }
+            last = Some(received);
+            if doubts.ids.is_empty() {
+                break;
+            }
+            // It has been recorded that this guest never runs here, so another one may come. Until then agents are told that
+            // there is none.
+            drop(control.take());
+            control = bind().map_err(output.failure())?;
         }
-        let machine = destination.take_machine();
-        if received.status == Status::Completed
-            && let Some(machine) = machine
-        {
-            return Ok(host(&machine, control, &listener, &outcomes, &cancel));
+        if let Some(received) = last {
+            output.result(&received, || summary(&received));
         }
-        // The source would wait for an answer in vain.
-        drop(control);
-        if received.may_be_asked && listener.is_socket() {
-            eprintln!(
-                "gleaner: the source may be in doubt of this: awaiting its question for {} s, Ctrl-C ends it",
-                DOUBT.as_secs()
-            );
-            answer_queries(&listener, &outcomes, &cancel, Some(Instant::now() + DOUBT));
-        }
-        Ok(match received.status {
-            Status::Completed => ExitCode::SUCCESS,
-            _ => ExitCode::FAILURE,
-        })
+        Ok(ExitCode::FAILURE)
+    }
+}
+
+fn say_doubt(awaited: &str) {
+    eprintln!(
+        "gleaner: the source may be in doubt of this: awaiting {awaited} for {} s, Ctrl-C ends it",
+        DOUBT.as_secs()
+    );
+}
+
+/// Migrations that failed here, whose sources may not have heard of it.
+#[derive(Default)]
+struct Doubts {
+    ids: Vec<MigrationId>,
+    /// So long they are awaited.
+    end: Option<Instant>,
+}
+
+impl Doubts {
+    fn begin(&mut self, id: MigrationId) {
+        self.ids.push(id);
+        self.end = Some(Instant::now() + DOUBT);
+    }
+
+    /// A source has asked. Whether it was the last one that is awaited.
+    fn settled(&mut self, id: MigrationId) -> bool {
+        let before = self.ids.len();
+        self.ids.retain(|awaited| *awaited != id);
+        before > 0 && self.ids.is_empty()
     }
 }
 

@@ -116,6 +116,42 @@ fn a_destination_that_never_heard_go_lets_the_source_resume() {
 }
 
 #[test]
+fn a_destination_that_awaits_a_question_takes_another_guest_and_never_runs_the_first() {
+    if !kvm() {
+        return;
+    }
+    // The source has taken its guest back, or is in doubt.
+    for (kind, part) in [(READY, Part::Nothing), (GO, Part::Nothing)] {
+        let mut broken = Broken::new(kind, part);
+        let first = broken.sent.json();
+        broken.receive.process().says("may be in doubt");
+        let guest = &broken.guest;
+        let sent = if kind == READY {
+            guest.send(&broken.receive.address, &[]).end()
+        } else {
+            let stopped = guest.ram();
+            let (place, to) = (Place::new(), &broken.receive.address);
+            let other = Guest::start(&place, &[]);
+            let sent = other.send(to, &[]).end();
+            assert_same(&stopped, &guest.ram());
+            // The answer is what it was before the other guest came.
+            let asked = guest
+                .send(to, &[])
+                .end()
+                .failed("failed", "it runs on here");
+            assert_eq!(asked["migration_id"], first["migration_id"]);
+            broken.guest.assert_runs();
+            sent
+        };
+        sent.status("completed", 0);
+        assert_changes(&broken.receive.ram_file());
+        let received = broken.receive.process.take().unwrap().interrupt();
+        let report = received.status("completed", 0);
+        assert_ne!(report["migration_id"], first["migration_id"]);
+    }
+}
+
+#[test]
 fn a_destination_that_runs_completes_the_source() {
     if !kvm() {
         return;

@@ -1,6 +1,7 @@
 //! Whatever fails before the guest is let go of: it runs on at the source, and migrates the next time, whole.
 
 use std::fs;
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 
 use rustix::process::Signal;
@@ -206,6 +207,31 @@ fn connections_that_bring_nothing_are_no_migration() {
     guest.send(&address, &[]).end().status("completed", 0);
     receive.wait_end().status("completed", 0);
     assert_same(&guest.ram(), &receive.ram());
+}
+
+#[test]
+fn a_peer_that_says_nothing_keeps_nobody_out_and_is_told_of() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let guest = Guest::start(&place, &[]);
+    let mut receive = Receive::listen(&place, "there", "tcp:127.0.0.1:0", &["--resume"]);
+    let path = receive.address.strip_prefix("tcp:").unwrap().to_owned();
+    // Heard out one after the other they would take longer than the source waits.
+    let mute: Vec<_> = (0..20)
+        .map(|_| TcpStream::connect(&path).unwrap())
+        .collect();
+    guest
+        .send(&receive.address, &[])
+        .end()
+        .status("completed", 0);
+    for peer in &mute {
+        let peer = peer.local_addr().unwrap();
+        let told = format!("{peer} has connected and said nothing for 5 s");
+        let said = receive.process().says(&told);
+        assert_eq!(said.matches(&told).count(), 1, "{said}");
+    }
 }
 
 #[test]

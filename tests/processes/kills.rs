@@ -84,6 +84,13 @@ fn an_agent_killed_before_go_gets_through_leaves_a_guest_that_the_destination_ne
         let mut guest = Guest::start(&place, &[]);
         let receive = Standing::at(&place, &guest, kind, part).kill_agent();
         let asked = guest.send(&receive.address, &[]).end();
+        if kind == READY && asked.code == Some(0) {
+            // It had not let go of the guest, which has moved by a new attempt.
+            asked.status("completed", 0);
+            guest.process.says("has migrated away");
+            assert_changes(&receive.ram_file());
+            continue;
+        }
         let asked = asked.status("failed", 1);
         if kind == GO {
             let reason = asked["reason"].as_str().unwrap();

@@ -173,7 +173,7 @@ impl Handshakes {
             problem: error.to_string(),
         })?;
         Ok(Handshake {
-            peer: peer(&socket),
+            peer: socket.peer(),
             stream: TlsStream::new(socket, tls)?,
             awaited: PollFlags::IN,
             failed: false,
@@ -244,15 +244,5 @@ impl Handshake {
             let patience = silent_after("refusing", TICK);
             let _ = Outlet::new(socket).send(&refusal, &Payload::None, &patience);
         }
-    }
-}
-
-/// Who is at the other end, for people.
-fn peer(socket: &Stream) -> String {
-    match socket {
-        Stream::Tcp(tcp) => tcp
-            .peer_addr()
-            .map_or_else(|_| "a peer that has gone".into(), |peer| peer.to_string()),
-        _ => "a Unix socket".into(),
     }
 }
