@@ -177,7 +177,7 @@ impl Look {
         // Whether it ends in time is asked afterwards, so that the reason tells of the guest.
         let endless = Goal {
             timeout: None,
-            held: false,
+            held: None,
             ..goal
         };
         let course = |round_trip: f64, pages: &dyn Fn(f64) -> f64| {
@@ -271,7 +271,7 @@ mod tests {
         timeout: None,
         on_timeout: OnTimeout::Cancel,
         throttle: Throttles::Nothing,
-        held: false,
+        held: None,
     };
 
     /// A guest of 1 GiB that was seen to dirty so many pages in each of the windows.

@@ -25,7 +25,7 @@ impl Session<'_> {
             self.lanes.lead().round_trip()?;
             let decision = self.decide();
             self.obey(&decision)?;
-            if decision.verdict == Verdict::SwitchOver || !self.goal.held {
+            if decision.verdict == Verdict::SwitchOver || self.goal.held.is_none() {
                 return Ok(());
             }
             let link = &mut self.lanes.lead().link;

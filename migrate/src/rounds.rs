@@ -59,7 +59,7 @@ impl Session<'_> {
             }
             let link = &mut self.lanes.lead().link;
             link.limits.check()?;
-            if self.goal.held {
+            if self.goal.held.is_some() {
                 link.pause(HELD_PAUSE)?;
             }
         }

@@ -84,6 +84,8 @@ pub struct SenderOptions {
     pub clock: Clock,
     /// Holds the switchover back.
     pub hold: Option<Hold>,
+    /// By what, or until when, for people.
+    pub held_back: &'static str,
     /// Told of each round.
     pub on_progress: Option<OnProgress>,
     /// Told how far a round is, at most ten times a second. A callback may take its time: nothing is sent meanwhile.
@@ -110,6 +112,7 @@ impl SenderOptions {
             cancel: CancelToken::new(),
             clock: Clock::real(),
             hold: None,
+            held_back: "by its caller",
             on_progress: None,
             on_tick: None,
         }
@@ -279,6 +282,7 @@ pub(crate) struct Session<'a> {
     throttle: ThrottleGoal,
     pub(crate) goal: Goal,
     pub(crate) hold: Option<Hold>,
+    held_back: &'static str,
     pub(crate) on_progress: Option<OnProgress>,
     pub(crate) history: History,
     /// When the guest was stopped.
@@ -312,9 +316,10 @@ impl<'a> Session<'a> {
                 timeout: options.timeout,
                 on_timeout: options.on_timeout,
                 throttle: Throttles::Nothing,
-                held: false,
+                held: None,
             },
             hold: options.hold,
+            held_back: options.held_back,
             on_progress: options.on_progress,
             history: History::default(),
             stopped: None,
@@ -456,7 +461,8 @@ impl<'a> Session<'a> {
 
     /// What the policy says now.
     pub(crate) fn decide(&mut self) -> Decision {
-        self.goal.held = self.hold.as_mut().is_some_and(|may| !may());
+        let held = self.hold.as_mut().is_some_and(|may| !may());
+        self.goal.held = held.then_some(self.held_back);
         self.history.elapsed = self.clock.since(self.start);
         crate::policy::decide(&self.history, &self.goal)
     }

@@ -27,7 +27,7 @@ pub fn run(
         timeout: options.timeout,
         on_timeout: options.on_timeout,
         throttle: Throttles::Nothing,
-        held: false,
+        held: None,
     };
     let bandwidth = options.bandwidth_limit.unwrap_or(BANDWIDTH);
     let found = dry_run(source, goal, options.throttle, bandwidth, &options.cancel)

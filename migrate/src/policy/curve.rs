@@ -21,7 +21,13 @@ pub struct Curve {
     /// There are no more pages.
     #[serde(skip)]
     total: f64,
+    /// In each time that was measured most pages were dirtied: how soon they were is not known.
+    #[serde(skip)]
+    saturated: bool,
 }
+
+/// With this share of all pages dirty, shorter times are not on a line through it: the guest has come back to dirty pages.
+const MOST: f64 = 0.5;
 
 /// Where the curve lies the latest points tell, each with half the weight of the one after it; what its power is all of them,
 /// none with less than this weight.
@@ -62,9 +68,11 @@ impl Curve {
     /// pages than `total`.
     pub fn fit(latest_first: impl Iterator<Item = (f64, f64)>, total: f64) -> Option<Self> {
         let mut weight = 2.0;
+        let mut saturated = true;
         let points: Vec<Point> = latest_first
             .map(|(seconds, pages)| {
                 weight /= 2.0;
+                saturated &= pages >= MOST * total;
                 Point {
                     time: seconds.max(1e-6).ln(),
                     pages: pages.max(0.5).ln(), // half a page stands for none
@@ -98,7 +106,15 @@ impl Curve {
                 times.fold(f64::NEG_INFINITY, f64::max),
             ),
             total,
+            saturated,
         })
+    }
+
+    /// Whether of so short a time it is only known that more is dirtied than the curve says: in each that was measured most
+    /// pages were, however early.
+    #[must_use]
+    pub fn is_least(&self, seconds: f64) -> bool {
+        self.saturated && seconds.max(1e-6).ln() < self.measured.0
     }
 
     /// Pages dirtied after so many seconds, as the curve says.

@@ -55,16 +55,16 @@ fn time_is_over(
     );
     let downtime = forecast.map_or_else(|| "an unknown time".into(), told);
     let left = Bytes(history.remaining_pages as f64 * PAGE_SIZE as f64);
-    match goal.on_timeout {
-        OnTimeout::Switchover if goal.held => (
+    match (goal.on_timeout, goal.held) {
+        (OnTimeout::Switchover, Some(by)) => (
             Verdict::GiveUp,
-            format!("{over}, and the switchover is still held back"),
+            format!("{over}, and the switchover is still held back {by}"),
         ),
-        OnTimeout::Switchover => (
+        (OnTimeout::Switchover, None) => (
             Verdict::SwitchOver,
             format!("{over}: switching over, which stops the guest for {downtime}"),
         ),
-        OnTimeout::Cancel => (
+        (OnTimeout::Cancel, _) => (
             Verdict::GiveUp,
             format!(
                 "{over}: {left} are left, and a switchover would stop the guest for {downtime}"
@@ -76,8 +76,9 @@ fn time_is_over(
 /// A switchover now is within the limit.
 fn fits(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdict, String) {
     let (downtime, limit) = (told(forecast), Seconds(goal.downtime_limit.as_secs_f64()));
-    if goal.held {
-        let reason = format!("the switchover is held back; it would stop the guest for {downtime}");
+    if let Some(by) = goal.held {
+        let reason =
+            format!("the switchover is held back {by}; it would stop the guest for {downtime}");
         return (Verdict::Continue, reason);
     }
     let (now, next) = (forecast.downtime.likely, forecast.next_downtime);
@@ -144,13 +145,13 @@ fn over_the_limit(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdi
             format!("{over}; converging: {when}{late}"),
         );
     }
-    let bandwidth = |pages: f64| Bytes(pages * history.bytes_per_page());
     let sent = history.pages_per_second().unwrap_or_default().likely;
     let not = format!(
-        "{over}; not converging: {}/s dirtied, {}/s sent, never less than {} left",
-        Bytes(history.dirty_pages_per_second() * PAGE_SIZE as f64),
-        bandwidth(sent),
-        Bytes(forecast.floor_pages * PAGE_SIZE as f64),
+        "{over}; not converging: {}/s dirtied, {}/s sent, never less than {} left{}",
+        memory(history.dirty_pages_per_second()),
+        memory(sent),
+        memory(forecast.floor_pages),
+        packed(history)
     );
     match steps::next(history, goal, forecast) {
         Step::To(throttle) => (
@@ -164,28 +165,50 @@ fn over_the_limit(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdi
         }
         Step::None => {
             let late = too_late(history, goal, f64::INFINITY);
-            let help = would_help(history, goal, forecast);
+            let help = would_help(goal, forecast);
             (Verdict::Continue, format!("{not}; {help}{late}"))
         }
     }
 }
 
 /// What would make it converge.
-fn would_help(history: &History, goal: &Goal, forecast: &Forecast) -> String {
+fn would_help(goal: &Goal, forecast: &Forecast) -> String {
     let needs = &forecast.needs;
+    let most = if needs.least { "more than " } else { "" };
     let mut ways = Vec::new();
     if needs.pages_per_second.is_finite() {
-        let bandwidth = Bytes(needs.pages_per_second * history.bytes_per_page());
-        ways.push(format!("a bandwidth of {bandwidth}/s"));
+        let bandwidth = memory(needs.pages_per_second);
+        ways.push(format!("a bandwidth of {most}{bandwidth}/s"));
     }
     if needs.share > 0.0 && goal.throttle == Throttles::Nothing {
-        ways.push(format!(
-            "a throttle of {:.0} %",
-            ((1.0 - needs.share) * 100.0).ceil()
-        ));
+        let percent = ((1.0 - needs.share) * 100.0).ceil();
+        ways.push(format!("a throttle of {most}{percent:.0} %"));
     }
+    let but = match ways.is_empty() {
+        false if needs.least => {
+            " (how much more is not known: most memory is dirty after every round)"
+        }
+        _ => "",
+    };
     ways.push(format!("a downtime limit of {}", Seconds(needs.downtime)));
-    format!("{} would do", ways.join(" or "))
+    format!("{} would do{but}", ways.join(" or "))
+}
+
+/// So many pages, as bytes of memory.
+fn memory(pages: f64) -> Bytes {
+    Bytes(pages * PAGE_SIZE as f64)
+}
+
+/// Said where memory is packed, so that nobody takes its bytes for those of the wire.
+fn packed(history: &History) -> String {
+    let share = history.bytes_per_page() / PAGE_SIZE as f64;
+    if share > 0.95 {
+        return String::new();
+    }
+    format!(
+        " (all in bytes of memory, of which {:.0} % go over the wire)",
+        (share * 100.0).ceil()
+    )
 }
 
 /// Said when the time limit comes first.

@@ -51,6 +51,8 @@ pub struct Needs {
     pub share: f64,
     /// A limit of so many seconds of downtime.
     pub downtime: f64,
+    /// The other two are the least: how fast the guest dirties its memory is known to be more than was seen.
+    pub least: bool,
 }
 
 /// Rounds that are forecast at most.
@@ -160,6 +162,7 @@ impl Model {
                 pages_per_second: f64::INFINITY,
                 share: 0.0,
                 downtime,
+                least: false,
             };
         }
         // A round that lasts as long as the limit leaves for sending must leave no more than was sent in it.
@@ -169,6 +172,7 @@ impl Model {
             pages_per_second: (self.curve.likely(round) + self.late()) / sending,
             share: self.curve.share((carried - self.late()).max(0.0), round),
             downtime,
+            least: self.curve.is_least(round),
         }
     }
 
@@ -230,6 +234,7 @@ impl Forecast {
                 pages_per_second: 0.0,
                 share: 1.0,
                 downtime: bound,
+                least: false,
             },
         })
     }

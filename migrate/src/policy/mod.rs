@@ -64,8 +64,8 @@ pub struct Goal {
     /// What of a guest that does not converge may be slowed down, step by step: all vCPUs by 20 % of their time at first
     /// and by 10 % more at each step; writers to half of what the link carries at first and to less at each step.
     pub throttle: Throttles,
-    /// Somebody asks not to switch over yet.
-    pub held: bool,
+    /// Somebody asks not to switch over yet: by what, or until when.
+    pub held: Option<&'static str>,
 }
 
 /// What comes next.

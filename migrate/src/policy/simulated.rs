@@ -93,7 +93,7 @@ pub(super) const GOAL: Goal = Goal {
     timeout: None,
     on_timeout: super::OnTimeout::Cancel,
     throttle: Throttles::Nothing,
-    held: false,
+    held: None,
 };
 
 /// Whether time is in the first half of a period.

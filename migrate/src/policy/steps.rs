@@ -60,7 +60,7 @@ pub(super) enum Step {
 /// For a guest that does not converge.
 pub(super) fn next(history: &History, goal: &Goal, forecast: &Forecast) -> Step {
     // No throttle lessens the costs that do not depend on the guest.
-    if goal.throttle == Throttles::Nothing || goal.held || forecast.needs.share == 0.0 {
+    if goal.throttle == Throttles::Nothing || goal.held.is_some() || forecast.needs.share == 0.0 {
         return Step::None;
     }
     if history.rounds_at_throttle() < ROUNDS || !was_as_bad(history, goal) {

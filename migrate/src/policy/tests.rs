@@ -89,6 +89,56 @@ fn without_a_timeout_it_goes_on_and_says_what_would_help() {
     }
 }
 
+/// What is said of a link that carries 10,000 pages/s, each as so many bytes, and of a guest of 100,000 pages that dirties
+/// these in these seconds.
+fn slow_link(dirtied: &[(f64, u64)], bytes: u64) -> String {
+    let mut history = History::default();
+    history.elapsed = Duration::from_secs(30);
+    history.push(Round {
+        pages: 100_000,
+        bytes: 100_000 * bytes,
+        seconds: 10.0,
+        dirty_pages: 100_000,
+        dirty_seconds: 10.0,
+        ..Round::default()
+    });
+    for (seconds, dirty_pages) in dirtied {
+        history.push(Round {
+            pages: 10_000,
+            bytes: 10_000 * bytes,
+            seconds: 1.0,
+            dirty_pages: *dirty_pages,
+            dirty_seconds: *seconds,
+            ..Round::default()
+        });
+    }
+    decide(&history, &GOAL).reason
+}
+
+#[test]
+fn what_helps_is_a_least_where_most_memory_is_seen_dirty() {
+    let most = slow_link(&[(10.0, 99_000), (9.0, 97_000)], 4096);
+    for least in [
+        "a bandwidth of more than ",
+        "a throttle of more than ",
+        " would do (how much more is not known",
+    ] {
+        assert!(most.contains(least), "{most}");
+    }
+    let seen = slow_link(&[(0.1, 30_000), (1.0, 40_000)], 4096);
+    let exact = seen.contains("would do") && !seen.contains("more than");
+    assert!(exact, "{seen}");
+}
+
+#[test]
+fn memory_that_is_packed_is_told_of_in_its_own_bytes() {
+    let dirtied = [(10.0, 99_000), (9.0, 97_000)];
+    let (plain, packed) = (slow_link(&dirtied, 4096), slow_link(&dirtied, 1024));
+    let said = " (all in bytes of memory, of which 25 % go over the wire)";
+    assert!(packed.contains(said), "{packed}");
+    assert_eq!(packed.replace(said, ""), plain);
+}
+
 #[test]
 fn a_guest_at_its_floor_is_known_to_stay_there() {
     // 1 - e^(-1.5 u) = u: it dirties so much of its memory while so much of it is sent.
@@ -138,7 +188,7 @@ fn a_timeout_ends_it_as_asked() {
     assert!(decision.reason.contains("3.8 GiB are left"), "{decision:?}");
     goal.on_timeout = OnTimeout::Switchover;
     assert_eq!(decide(&history, &goal).verdict, Verdict::SwitchOver);
-    goal.held = true;
+    goal.held = Some("by a test");
     assert_eq!(decide(&history, &goal).verdict, Verdict::GiveUp);
 }
 
@@ -367,7 +417,7 @@ fn goals() -> impl Strategy<Value = Goal> {
             timeout: timeout.map(Duration::from_secs),
             on_timeout,
             throttle,
-            held,
+            held: held.then_some("by a test"),
         })
 }
 
@@ -378,7 +428,7 @@ proptest! {
         let limit = goal.downtime_limit.as_secs_f64();
         let over = goal.timeout.is_some_and(|timeout| history.elapsed >= timeout);
         if decision.verdict == Verdict::SwitchOver {
-            prop_assert!(!goal.held);
+            prop_assert!(goal.held.is_none());
             prop_assert!(over || decision.forecast.unwrap().bound <= limit);
             prop_assert!(!over || goal.on_timeout == OnTimeout::Switchover);
         }
@@ -387,7 +437,7 @@ proptest! {
             decision.verdict == Verdict::GiveUp
         );
         if let Verdict::Throttle(_) = decision.verdict {
-            prop_assert!(goal.throttle != Throttles::Nothing && !goal.held);
+            prop_assert!(goal.throttle != Throttles::Nothing && goal.held.is_none());
             prop_assert!(!decision.forecast.unwrap().converges);
         }
         prop_assert!(!decision.reason.is_empty() && !decision.reason.contains('\n'));
