@@ -43,10 +43,24 @@ pub enum Error {
         path: PathBuf,
     },
     /// The stream ended where more had to come.
-    #[error("the stream ended while {during}: the other end has gone, or the file is truncated")]
+    #[error("the stream ended while {during}: the other end has gone")]
     Closed {
         /// What was awaited.
         during: &'static str,
+    },
+    /// The file ended where more had to come.
+    #[error("the file ended while {during}: it is truncated")]
+    Truncated {
+        /// What was awaited.
+        during: &'static str,
+    },
+    /// TLS ended the stream.
+    #[error("the stream ended while {during}: {problem}")]
+    Broken {
+        /// What was awaited.
+        during: &'static str,
+        /// What is wrong, and what to do.
+        problem: String,
     },
     /// The peer neither took nor sent anything.
     #[error(
@@ -67,7 +81,7 @@ pub enum Error {
         cause: Box<Error>,
     },
     /// More connections than can be.
-    #[error("{asked} connections are asked for, {to} takes 1 to {most}")]
+    #[error("{asked} connections are asked for, {to} takes {}", few(*most))]
     Channels {
         /// What was asked for.
         asked: u16,
@@ -350,10 +364,22 @@ pub enum Error {
     OnlyQuery,
 }
 
+/// A number of connections that can be.
+fn few(most: u16) -> String {
+    match most {
+        1 => "one".into(),
+        most => format!("1 to {most}"),
+    }
+}
+
 /// What to do about a stream that starts so.
 const fn advice(found: [u8; 4]) -> &'static str {
     match found {
         [0x16, 3, ..] => "that is TLS, use it at both ends or at neither",
+        // The length of a short message.
+        [_, _, 0, 0] => {
+            "that is how an agent and a guest's service speak: --control takes a guest's socket, --to what a destination listens at"
+        }
         _ => "check address and format at both ends",
     }
 }

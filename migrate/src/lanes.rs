@@ -98,7 +98,9 @@ impl<'a> Lanes<'a> {
 /// A connection failed, and the others with it.
 fn fail(lane: &Lane<StreamChannel>, number: usize, error: Error) {
     lane.link.limits.failure.meet(match error {
-        Error::Closed { .. } | Error::Io { .. } | Error::Silent { .. } if number > 0 => {
+        Error::Closed { .. } | Error::Broken { .. } | Error::Io { .. } | Error::Silent { .. }
+            if number > 0 =>
+        {
             Error::Connection {
                 number,
                 cause: Box::new(error),
@@ -112,9 +114,12 @@ fn fail(lane: &Lane<StreamChannel>, number: usize, error: Error) {
 fn told(lanes: &mut [Lane<StreamChannel>]) -> Result<()> {
     let link = &mut lanes[0].link;
     match link.limits.failure.take() {
-        Some(error @ (Error::Closed { .. } | Error::Io { .. } | Error::Connection { .. })) => {
-            Err(link.last_words().unwrap_or(error))
-        }
+        Some(
+            error @ (Error::Closed { .. }
+            | Error::Broken { .. }
+            | Error::Io { .. }
+            | Error::Connection { .. }),
+        ) => Err(link.last_words().unwrap_or(error)),
         Some(error) => Err(error),
         None => Ok(()),
     }

@@ -159,7 +159,7 @@ impl<C: Channel + ?Sized> Link<C> {
             Ok(())
         };
         match self.channel.send(message, payload, &patience) {
-            Err(error @ (Error::Closed { .. } | Error::Io { .. })) => {
+            Err(error @ (Error::Closed { .. } | Error::Broken { .. } | Error::Io { .. })) => {
                 Err(self.last_words().unwrap_or(error))
             }
             sent => sent,

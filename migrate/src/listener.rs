@@ -79,7 +79,11 @@ impl Listener {
                 Kind::Unix(socket)
             }
             Address::Fd(fd) => inherited(*fd).map_err(fail)?,
-            Address::File(path) => Kind::File(path.clone()),
+            Address::File(path) => {
+                // Says now what is wrong with it; opened when it is to be read.
+                fs::metadata(path).map_err(fail)?;
+                Kind::File(path.clone())
+            }
         };
         Ok(Self {
             kind,

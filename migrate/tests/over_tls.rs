@@ -145,13 +145,14 @@ fn a_file_has_no_other_end() {
         error.to_string().contains("which a file has not"),
         "{error}"
     );
+    assert!(!place.path().join("guest").exists());
     let server = TlsServer::load(&dir).unwrap();
+    std::fs::write(place.path().join("guest"), "a guest").unwrap();
     let error = Listener::bind(&file).unwrap().tls(server).unwrap_err();
     assert!(
         error.to_string().contains("which a file has not"),
         "{error}"
     );
-    assert!(!place.path().join("guest").exists());
 }
 
 /// What is wrong in one end's directory, and what source and destination say of it.

@@ -403,7 +403,7 @@ fn a_truncated_file() {
             .listen(&Listener::bind(&address).unwrap())
             .unwrap();
         assert!(
-            matches!(received.error, Some(Error::Closed { .. })),
+            matches!(received.error, Some(Error::Truncated { .. })),
             "{length}"
         );
         assert!(place.place().aborted && !place.place().running);

@@ -43,8 +43,8 @@ pub struct Demo {
     /// No switchover before so many slot transactions have happened.
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub transactions: u64,
-    /// No migration: compare ways to apply changes of memory slots, on a model of KVM.
-    #[arg(long)]
+    /// No migration: compare ways to apply changes of memory slots, on a model of KVM. It takes no other option than --json.
+    #[arg(long, conflicts_with_all = ["GuestOptions", "MigrationOptions", "transactions"])]
     pub compare_apply: bool,
     /// Print one JSON object on standard output.
     #[arg(long)]
@@ -62,6 +62,11 @@ struct Comparison {
 }
 
 impl Demo {
+    /// What can't be asked for together, and no attribute of an option can say.
+    pub fn check(&self) -> Result<(), String> {
+        self.guest.check()
+    }
+
     /// Migrates a guest to this very process.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
@@ -171,6 +176,7 @@ impl Demo {
         let mut options = self.migration.sender(id, cancel.clone(), trace);
         let (tracker, before, wanted) =
             (tracker.clone(), tracker.transactions(), self.transactions);
+        options.held_back = "until so many slot transactions have happened as --transactions says";
         options.hold = Some(Box::new(move || tracker.transactions() - before >= wanted));
         let report = Sender::new(&mut source, options).run_to(&Connector::new(to.clone()));
         if let Some(trace) = trace {

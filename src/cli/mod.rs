@@ -53,12 +53,20 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Command::Send(send) = &cli.command
-        && let Err(problem) = send.check()
-    {
-        Cli::command()
-            .error(ErrorKind::ArgumentConflict, problem)
-            .exit();
+    let (name, checked) = match &cli.command {
+        Command::Demo(demo) => ("demo", demo.check()),
+        Command::Guest(guest) => ("guest", guest.guest.check()),
+        Command::Send(send) => ("send", send.check()),
+        Command::Receive(_) => ("receive", Ok(())),
+    };
+    if let Err(problem) = checked {
+        let mut all = Cli::command();
+        all.build();
+        let command = all.find_subcommand_mut(name);
+        // Each is there: it was just parsed.
+        if let Some(command) = command {
+            command.error(ErrorKind::ArgumentConflict, problem).exit();
+        }
     }
     // Whom a destination turned away, its user wants to know.
     let usual = "error,gleaner_migrate::tls=warn,gleaner_migrate::newcomers=warn";

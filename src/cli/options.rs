@@ -13,17 +13,17 @@ use super::trace::Trace;
 use super::{progress, units};
 use crate::Tracking;
 use crate::vmm::churn::{ChurnConfig, Kind};
-use crate::vmm::guest::Workload;
+use crate::vmm::guest::{Guest, MemoryMap, Workload};
 use crate::vmm::{Backend, MachineConfig};
 
 /// The guest.
 #[derive(Clone, Debug, Args)]
 pub struct GuestOptions {
     /// RAM in bytes (K, M, G), 4M to 16G.
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = units::size)]
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = units::ram)]
     pub ram: u64,
     /// Number of vCPUs, 1 to 16.
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = units::vcpus)]
     pub vcpus: usize,
     /// Keep RAM in this file: shared, exactly --ram bytes, made when it is missing.
     #[arg(long, value_name = "PATH")]
@@ -52,6 +52,14 @@ pub struct GuestOptions {
 }
 
 impl GuestOptions {
+    /// What no guest can be, and no single option can tell.
+    pub fn check(&self) -> Result<(), String> {
+        MemoryMap::new(self.ram, self.vcpus)
+            .and_then(|map| Guest::new(map, self.workload, 1, self.seed))
+            .map(drop)
+            .map_err(|error| error.to_string())
+    }
+
     /// The machine that is asked for; `churn` where none is.
     pub fn machine(&self, churn: Option<units::Churn>) -> MachineConfig {
         let kinds = if self.churn_kinds.is_empty() {
@@ -125,11 +133,11 @@ pub struct MigrationOptions {
     /// The most bytes a second, all connections together (K, M, G).
     #[arg(long, value_name = "RATE", value_parser = units::size)]
     pub bandwidth_limit: Option<u64>,
-    /// The most time in total, for example 30s; no limit unless given.
-    #[arg(long, value_name = "D", value_parser = units::duration)]
+    /// The most time in total, for example 30s or 5m; no limit unless given.
+    #[arg(long, value_name = "D", value_parser = units::time_limit)]
     pub timeout: Option<Duration>,
     /// What happens when --timeout is over.
-    #[arg(long, value_enum, default_value_t = AtTimeout::Cancel)]
+    #[arg(long, value_enum, default_value_t = AtTimeout::Cancel, requires = "timeout")]
     pub on_timeout: AtTimeout,
     /// What is slowed down of a guest that does not converge: auto is the writers where the guest can tell them, else all
     /// vCPUs.

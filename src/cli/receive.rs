@@ -34,7 +34,7 @@ pub struct Receive {
     /// Where: tcp:HOST:PORT, unix:PATH, fd:N or file:PATH.
     #[arg(long, value_name = "ADDR")]
     pub listen: Address,
-    /// Keep the memory of each block in DIR/<block>.ram; in memory only unless given.
+    /// Keep the memory of each block in DIR/<block>.ram, DIR made when it is missing; in memory only unless given.
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
     /// Run the guest when it has come.
@@ -241,10 +241,14 @@ fn summary(received: &Received) -> String {
     } else {
         "not completed"
     };
-    let (blocks, time) = (received.blocks, received.total_ms);
+    let time = received.total_ms;
+    let blocks = match received.blocks {
+        1 => "1 block".to_owned(),
+        blocks => format!("{blocks} blocks"),
+    };
     if received.local {
-        return format!("{status} on this host: {blocks} blocks taken over in {time:.1} ms");
+        return format!("{status} on this host: {blocks} taken over in {time:.1} ms");
     }
     let (pages, zeros) = (received.pages, received.zero_pages);
-    format!("{status}: {blocks} blocks, {pages} pages and {zeros} zero pages in {time:.0} ms")
+    format!("{status}: {blocks}, {pages} pages and {zeros} zero pages in {time:.0} ms")
 }

@@ -10,7 +10,7 @@ use gleaner_migrate::{
     Address, CancelToken, Error, MigrationId, Outcome, Report, Sender, Status, query, resolve,
 };
 
-use super::options::{MigrationOptions, Packing, TlsOptions, cancel_on_signal};
+use super::options::{MigrationOptions, Packing, Slow, TlsOptions, cancel_on_signal};
 use super::output::Output;
 use super::trace::Trace;
 use super::{Failure, dry_run};
@@ -28,7 +28,8 @@ pub struct Send {
     /// Socket of the service.
     #[arg(long, value_name = "PATH")]
     pub control: PathBuf,
-    /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or file:PATH.
+    /// Where to: tcp:HOST:PORT, unix:PATH, fd:N or file:PATH. The stream's checksums cover all but the contents of pages:
+    /// what changes those in a file is not noticed.
     #[arg(long, value_name = "ADDR", required_unless_present = "dry_run")]
     pub to: Option<Address>,
     #[command(flatten)]
@@ -50,25 +51,54 @@ pub struct Send {
 
 impl Send {
     /// What can't be asked for together, and no attribute of an option can say.
-    pub fn check(&self) -> Result<(), &'static str> {
-        if !self.local {
-            return Ok(());
-        }
+    pub fn check(&self) -> Result<(), String> {
         let migration = &self.migration;
-        let problem = match &self.to {
-            Some(Address::Tcp { .. } | Address::File(_)) => {
-                "--local stays on this host: write --to unix:PATH"
+        let problem = if self.local {
+            match &self.to {
+                Some(Address::Tcp { .. } | Address::File(_)) => {
+                    "--local stays on this host: write --to unix:PATH"
+                }
+                _ if self.dry_run => "--local needs no forecast: leave out --dry-run",
+                _ if self.tls.is_asked_for() => "--local sends no memory: leave out --tls",
+                _ if migration.channels != 1 => {
+                    "--local takes one connection: leave out --channels"
+                }
+                _ if migration.verify => "--local makes no copy to compare: leave out --verify",
+                _ if migration.compress != Packing::None => {
+                    "--local sends no memory: leave out --compress"
+                }
+                _ if migration.bandwidth_limit.is_some() => {
+                    "--local sends no memory: leave out --bandwidth-limit"
+                }
+                _ if migration.throttle != Slow::Never => {
+                    "--local has no rounds to converge: leave out --throttle"
+                }
+                _ => return Ok(()),
             }
-            _ if self.dry_run => "--local needs no forecast: leave out --dry-run",
-            _ if self.tls.is_asked_for() => "--local sends no memory: leave out --tls",
-            _ if migration.channels != 1 => "--local takes one connection: leave out --channels",
-            _ if migration.verify => "--local makes no copy to compare: leave out --verify",
-            _ if migration.compress != Packing::None => {
-                "--local sends no memory: leave out --compress"
+        } else if self.dry_run {
+            match () {
+                () if self.tls.is_asked_for() => "--dry-run connects to nobody: leave out --tls",
+                () if migration.channels != 1 => {
+                    "--dry-run connects to nobody: leave out --channels"
+                }
+                () if migration.verify => "--dry-run sends nothing to compare: leave out --verify",
+                () if migration.compress != Packing::None => {
+                    "--dry-run compresses nothing, so it can't tell what that would do: leave out --compress"
+                }
+                () => return Ok(()),
             }
-            _ => return Ok(()),
+        } else {
+            match &self.to {
+                Some(Address::File(_) | Address::Fd(_)) if migration.channels != 1 => {
+                    "a file or a descriptor takes one connection: leave out --channels"
+                }
+                Some(Address::File(_)) if migration.verify => {
+                    "a file can't compare what is written to it: leave out --verify"
+                }
+                _ => return Ok(()),
+            }
         };
-        Err(problem)
+        Err(problem.into())
     }
 
     /// Migrates.

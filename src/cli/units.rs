@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::vmm::guest::MemoryMap;
+
 /// A number of bytes: digits and K, M, G or T, which are powers of 1024.
 pub fn size(text: &str) -> Result<u64, String> {
     let bad = || format!("\"{text}\" is no size: write digits and K, M, G or T, as in 256M");
@@ -15,25 +17,62 @@ pub fn size(text: &str) -> Result<u64, String> {
     if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return Err(bad());
     }
-    let number: u64 = digits.parse().map_err(|_| bad())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|&n| n > 0)
-        .ok_or_else(bad)
+    let number = digits
+        .parse()
+        .ok()
+        .and_then(|n: u64| n.checked_mul(1 << shift));
+    match number {
+        Some(0) => Err(format!(
+            "\"{text}\" is no size: it has to be more than nothing"
+        )),
+        Some(number) => Ok(number),
+        None => Err(format!(
+            "\"{text}\" is no size: at most 16777215T can be written"
+        )),
+    }
 }
 
-/// A duration: a number and `ms` or `s`.
+/// A duration: a number and `ms`, `s`, `m` (minutes) or `h`.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let bad = || format!("\"{text}\" is no duration: write 300ms or 2s");
-    let (number, unit) = match text.strip_suffix("ms") {
-        Some(number) => (number, 1e-3),
-        None => (text.strip_suffix('s').ok_or_else(bad)?, 1.0),
-    };
+    const UNITS: [(&str, f64); 4] = [("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+    let bad = || format!("\"{text}\" is no duration: write 300ms, 2s, 5m (minutes) or 1h");
+    let found = UNITS
+        .iter()
+        .find_map(|(unit, seconds)| Some((text.strip_suffix(unit)?, seconds)));
+    let (number, seconds) = found.ok_or_else(bad)?;
     if !number.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
         return Err(bad());
     }
     let number: f64 = number.parse().map_err(|_| bad())?;
-    Duration::try_from_secs_f64(number * unit).map_err(|_| bad())
+    Duration::try_from_secs_f64(number * seconds)
+        .map_err(|_| format!("\"{text}\" is no duration: it is too long"))
+}
+
+/// A duration that is not nothing.
+pub fn time_limit(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err(format!("\"{text}\" leaves no time at all")),
+        limit => Ok(limit),
+    }
+}
+
+/// The RAM of a reference guest.
+pub fn ram(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    MemoryMap::new(bytes, 1)
+        .map(|_| bytes)
+        .map_err(|error| error.to_string())
+}
+
+/// The vCPUs of a reference guest.
+pub fn vcpus(text: &str) -> Result<usize, String> {
+    let vcpus = text
+        .parse()
+        .map_err(|_| format!("\"{text}\" is no number of vCPUs"))?;
+    let least = 4 << 20;
+    MemoryMap::new(least, vcpus)
+        .map(|_| vcpus)
+        .map_err(|error| error.to_string())
 }
 
 /// Transactions a second: a positive number, or `max`.
@@ -55,6 +94,7 @@ pub struct Churn(pub Option<f64>);
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // helpers are not known to be tests
     use super::*;
 
     #[test]
@@ -77,9 +117,20 @@ mod tests {
         }
         assert_eq!(duration("300ms"), Ok(Duration::from_millis(300)));
         assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
-        for bad in ["", "s", "300", "-1s", "1m", "infs", "nans", "1e400s"] {
+        assert_eq!(duration("1m"), Ok(Duration::from_secs(60)));
+        assert_eq!(duration("1.5h"), Ok(Duration::from_secs(5400)));
+        for bad in ["", "s", "h", "300", "-1s", "1d", "infs", "nans", "1e400s"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
+        assert!(
+            duration("99999999999999999999h")
+                .unwrap_err()
+                .contains("too long")
+        );
+        assert!(size("0K").unwrap_err().contains("more than nothing"));
+        assert!(size("17179869184G").unwrap_err().contains("at most"));
+        assert_eq!(size("16777215T"), Ok(16_777_215 << 40));
+        assert!(time_limit("0ms").is_err() && time_limit("0.0s").is_err());
         assert!(churn("0").is_err() && churn("nan").is_err() && churn("inf").is_err());
     }
 }

@@ -87,6 +87,18 @@ impl SocketExchange {
     }
 }
 
+/// In the words of whoever lost its guest.
+fn gone(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::UnexpectedEof => {
+            io::Error::new(error.kind(), "the guest's service has gone")
+        }
+        _ => error,
+    }
+}
+
 impl Exchange for SocketExchange {
     fn ask(&mut self, request: &Request) -> Result<(Response, Option<File>)> {
         // A service that refuses says why before it hangs up, so a failed send is followed by a look for its words.
@@ -97,11 +109,12 @@ impl Exchange for SocketExchange {
         match (sent, answer) {
             (Ok(()), Ok((response, fd))) => Ok((response, fd.map(File::from))),
             (Err(_), Ok((response @ Response::Error(_), _))) => Ok((response, None)),
-            (Err(source), _) | (Ok(()), Err(source)) => {
+            // What was heard explains more than that nothing could be said.
+            (_, Err(source)) | (Err(source), _) => {
                 let _ = self.stream.shutdown(Shutdown::Both);
                 Err(Error::Socket {
                     path: self.path.clone(),
-                    source,
+                    source: gone(source),
                 })
             }
         }

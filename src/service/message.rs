@@ -13,6 +13,9 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::codec;
 
+/// How a migration's stream begins, whose other end has taken the wrong socket.
+const STREAM: [u8; 4] = *b"GLNR";
+
 /// Version of these messages.
 pub const VERSION: u32 = 1;
 
@@ -196,6 +199,10 @@ fn receive(
         return Ok(None);
     }
     stream.read_exact(&mut header[got..])?;
+    if header == STREAM {
+        let text = "a migration's stream is spoken there, and not a guest's service: --control takes a guest's socket, --to what a destination listens at";
+        return Err(invalid(text));
+    }
     let length = u32::from_le_bytes(header) as usize;
     check_length(length, limit)?;
     let mut bytes = vec![0; length];

@@ -11,7 +11,7 @@ use gleaner_migrate::{Address, CancelToken, Listener, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 
-use super::message::{Response, receive_request, send_response};
+use super::message::{Request, Response, receive_request, send_response};
 use super::session::Session;
 use crate::{Error, Hooks, LocalSource, Result, Tracker};
 
@@ -243,7 +243,7 @@ where
         session: &mut session,
         current,
     };
-    while let Some(request) = receive_request(&mut stream)? {
+    while let Some(request) = receive(&mut stream)? {
         tracing::debug!(?request, "agent");
         let reply = attached.session.handle(request);
         // A guest that stands still waits for nobody who hangs; one that runs has time.
@@ -253,6 +253,17 @@ where
         send_response(&mut stream, &reply.response, reply.fd.as_ref())?;
     }
     Ok(())
+}
+
+/// The next request. Whoever asks what is none is told so.
+fn receive(stream: &mut UnixStream) -> io::Result<Option<Request>> {
+    let request = receive_request(stream);
+    if let Err(error) = &request
+        && error.kind() == io::ErrorKind::InvalidData
+    {
+        send_response(stream, &Response::Error(error.to_string()), None)?;
+    }
+    request
 }
 
 /// An agent that is attached. However its connection ends, by a panic of a hook too, the session hears that it is gone.

@@ -86,19 +86,19 @@ fn it_is_refused_in_one_line() {
             vec![b"QEVM\0\0\0\x03 another program's stream, or none".to_vec()],
             "not a Gleaner stream",
         ),
-        ("empty", Vec::new(), "the stream ended"),
+        ("empty", Vec::new(), "the file ended"),
         (
             "cut-within-pages",
             with(&|frames| {
                 frames.truncate(first(PAGES) + 1);
                 frames[first(PAGES)].truncate(HEADER + 50);
             }),
-            "the stream ended",
+            "the file ended",
         ),
         (
             "cut-before-its-end",
             with(&|frames| frames.truncate(first(GO))),
-            "the stream ended",
+            "the file ended",
         ),
         (
             "a-flipped-bit-of-a-header",

@@ -40,7 +40,21 @@ fn wrong_usage_is_2_and_names_the_fault() {
         (vec!["send", "--control", "/x"], "--to"),
         (with(&guest, &["--ram", "4X"]), "\"4X\" is no size"),
         (with(&guest, &["--ram", "0"]), "\"0\" is no size"),
-        (with(&guest, &["--vcpus", "two"]), "invalid digit"),
+        (with(&guest, &["--ram", "3M"]), "4 MiB to 16 GiB"),
+        (with(&guest, &["--ram", "4097K"]), "a multiple of 4096"),
+        (with(&guest, &["--ram", "1T"]), "4 MiB to 16 GiB"),
+        (with(&guest, &["--ram", "99999999T"]), "at most"),
+        (with(&guest, &["--vcpus", "0"]), "1 to 16"),
+        (with(&guest, &["--vcpus", "17"]), "1 to 16"),
+        (with(&guest, &["--workload", "hot:999G"]), "does not fit"),
+        (vec!["demo", "--workload", "hot:999G"], "gleaner demo"),
+        (vec!["demo", "--compare-apply", "--ram", "1G"], "--ram"),
+        (vec!["demo", "--compare-apply", "--verify"], "--verify"),
+        (
+            vec!["demo", "--compare-apply", "--transactions", "9"],
+            "--transactions",
+        ),
+        (with(&guest, &["--vcpus", "two"]), "no number of vCPUs"),
         (with(&guest, &["--workload", "sort"]), "\"sort\""),
         (with(&guest, &["--workload", "hot:many"]), "many"),
         (with(&guest, &["--tracking", "guess"]), "guess"),
@@ -66,6 +80,54 @@ fn wrong_usage_is_2_and_names_the_fault() {
             "\"fast\" is no size",
         ),
         (with(&send, &["--on-timeout", "pray"]), "cancel, switchover"),
+        (with(&send, &["--on-timeout", "cancel"]), "--timeout"),
+        (with(&send, &["--timeout", "0ms"]), "leaves no time"),
+        (with(&send, &["--timeout", "1d"]), "5m (minutes) or 1h"),
+        (
+            with(&send, &["--timeout", "99999999999999999999h"]),
+            "too long",
+        ),
+        (
+            with(&send, &["--dry-run", "--verify"]),
+            "leave out --verify",
+        ),
+        (
+            with(&send, &["--dry-run", "--compress", "zstd"]),
+            "leave out --compress",
+        ),
+        (
+            with(&send, &["--dry-run", "--channels", "2"]),
+            "leave out --channels",
+        ),
+        (
+            with(&send, &["--dry-run", "--tls", "/x"]),
+            "leave out --tls",
+        ),
+        (
+            with(&send, &["--local", "--bandwidth-limit", "1M"]),
+            "leave out --bandwidth-limit",
+        ),
+        (
+            with(&send, &["--local", "--throttle", "auto"]),
+            "leave out --throttle",
+        ),
+        (with(&send, &["--local", "--verify"]), "gleaner send"),
+        (
+            vec![
+                "send",
+                "--control",
+                "/x",
+                "--to",
+                "file:/x",
+                "--channels",
+                "4",
+            ],
+            "takes one connection",
+        ),
+        (
+            vec!["send", "--control", "/x", "--to", "file:/x", "--verify"],
+            "leave out --verify",
+        ),
         (
             with(&send, &["--throttle", "hard"]),
             "never, auto, all, writers",
@@ -119,12 +181,6 @@ fn what_the_machine_cannot_be_is_1_and_one_line() {
     let (short, file) = (place.arg("short"), format!("{}/file", place.arg("nowhere")));
     std::fs::write(&short, [1; 4096]).unwrap();
     for (more, fault) in [
-        (["--ram", "1M"], "RAM"),
-        (["--ram", "4097K"], "RAM"),
-        (["--ram", "1T"], "RAM"),
-        (["--vcpus", "0"], "vCPUs"),
-        (["--vcpus", "17"], "vCPUs"),
-        (["--workload", "hot:999G"], "hot"),
         (["--ram-file", &*short], "short: it has 4096 bytes"),
         (["--ram-file", &*file], &*file),
     ] {
@@ -135,10 +191,8 @@ fn what_the_machine_cannot_be_is_1_and_one_line() {
         assert!(ended.stderr.starts_with("gleaner: "), "{ended:?}");
         assert!(ended.stderr.contains(fault), "{fault:?}: {ended:?}");
         assert!(!std::fs::exists(&control).unwrap(), "{ended:?}");
-        if more[0] != "--ram-file" {
-            let demo = run(&[&["demo", "--json"], &more[..]].concat());
-            demo.failed("failed", fault);
-        }
+        let demo = run(&[&["demo", "--json"], &more[..]].concat());
+        demo.failed("failed", fault);
     }
     assert_eq!(
         std::fs::read(&short).unwrap(),
@@ -165,12 +219,46 @@ fn a_destination_that_cannot_listen_says_why_in_json() {
         ),
         (["--listen", "fd:99"], "fd:99"),
     ] {
-        run(&[&["receive", "--json"], &args[..]].concat()).failed("failed", fault);
+        let ended = run(&[&["receive", "--json"], &args[..]].concat());
+        ended.failed("failed", fault);
+        // It has listened to what is there, and to nothing else.
+        let there = fault == "not a Gleaner stream";
+        assert_eq!(ended.stderr.contains("listening"), there, "{ended:?}");
     }
     let listen = place.unix("socket");
     let args = ["receive", "--json", "--listen", &listen, "--ram-dir", file];
     run(&args).failed("failed", file);
     assert_eq!(std::fs::read_to_string(file).unwrap(), TEXT);
+}
+
+#[test]
+fn a_socket_of_the_wrong_kind_is_said_to_be_that() {
+    let place = Place::new();
+    let guest = Guest::start(&place, &["--backend", "model"]);
+    let mut receive = Receive::start(&place, "there", &[]);
+    let socket = receive.address.strip_prefix("unix:").unwrap();
+    let advice = "--control takes a guest's socket, --to what a destination listens at";
+    let to = format!("unix:{}", guest.control);
+    guest.send(&to, &[]).end().failed("failed", advice);
+    let send = ["send", "--json", "--control", socket, "--to", &to];
+    run(&send).failed("failed", advice);
+    // Neither is worse for it.
+    guest
+        .send(&receive.address, &[])
+        .end()
+        .status("completed", 0);
+    receive.wait_end().status("completed", 0);
+}
+
+#[test]
+fn a_guest_that_is_killed_is_said_to_be_gone() {
+    let place = Place::new();
+    let guest = Guest::start(&place, &["--backend", "model"]);
+    let receive = Receive::start(&place, "there", &[]);
+    let send = guest.send(&receive.address, &["--bandwidth-limit", "1M"]);
+    receive.wait_begun();
+    guest.process.kill();
+    send.end().failed("failed", "the guest's service has gone");
 }
 
 #[test]

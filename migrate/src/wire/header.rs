@@ -12,7 +12,9 @@ pub const MAX_PAYLOAD: u32 = 64 << 20;
 /// Most digests in a frame.
 pub const MAX_DIGESTS: u32 = 1024;
 
-const MAGIC: [u8; 4] = *b"GLNR";
+const MAGIC: [u8; MAGIC_LEN] = *b"GLNR";
+/// Bytes that every frame begins with.
+pub(super) const MAGIC_LEN: usize = 4;
 const VERSION: u16 = super::VERSION;
 /// Where the checksum stands: after all it covers of the header.
 const CRC_AT: usize = 24;
@@ -163,17 +165,24 @@ impl Header {
         Ok(bytes)
     }
 
+    /// Whether the first [`MAGIC_LEN`] bytes are how a frame begins.
+    pub(super) fn check_magic(bytes: &[u8; HEADER_LEN]) -> Result<()> {
+        let [m0, m1, m2, m3, ..] = *bytes;
+        let found = [m0, m1, m2, m3];
+        if found != MAGIC {
+            return Err(Error::Magic { found });
+        }
+        Ok(())
+    }
+
     /// Reads a header. Its lengths are within the caps of its kind; that its checksum fits must be asked with
     /// [`Header::check`] when the metadata is here.
     ///
     /// # Errors
     /// [`Error::Magic`], [`Error::Version`], [`Error::Kind`], [`Error::Flags`], [`Error::TooLong`].
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Self> {
-        let [m0, m1, m2, m3, v0, v1, kind, flags, rest @ ..] = *bytes;
-        let found = [m0, m1, m2, m3];
-        if found != MAGIC {
-            return Err(Error::Magic { found });
-        }
+        Self::check_magic(bytes)?;
+        let [_, _, _, _, v0, v1, kind, flags, rest @ ..] = *bytes;
         let version = u16::from_le_bytes([v0, v1]);
         if version != VERSION {
             return Err(Error::Version { found: version });

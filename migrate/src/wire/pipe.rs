@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use super::header::{HEADER_LEN, Header};
+use super::header::{HEADER_LEN, Header, MAGIC_LEN};
 use super::message::Message;
 use crate::patience::TICK;
 use crate::{Error, Result, Stream};
@@ -66,6 +66,11 @@ fn pump(
                 io::ErrorKind::ConnectionReset
                 | io::ErrorKind::BrokenPipe
                 | io::ErrorKind::ConnectionAborted => return Err(Error::Closed { during }),
+                // Words of our own, of what TLS met.
+                _ if e.get_ref().is_some() => {
+                    let problem = e.to_string();
+                    return Err(Error::Broken { during, problem });
+                }
                 _ => return Err(Error::io(format!("go on {during}"), e)),
             },
         }
@@ -204,13 +209,20 @@ impl Inlet {
     ) -> Result<(Header, Message)> {
         let mut bytes = [0; HEADER_LEN];
         self.descriptor = None;
-        pump(during, patience, HEADER_LEN, |done| {
-            let (read, descriptor) = self.stream.read_with(&mut bytes[done..])?;
-            if done == 0 {
-                self.descriptor = descriptor;
-            }
-            Ok(read)
-        })?;
+        let mut got = 0;
+        // Whoever speaks otherwise may never say as much as a header.
+        for least in [MAGIC_LEN, HEADER_LEN] {
+            let head = pump(during, patience, least.saturating_sub(got), |_| {
+                let (read, descriptor) = self.stream.read_with(&mut bytes[got..])?;
+                if got == 0 {
+                    self.descriptor = descriptor;
+                }
+                got += read;
+                Ok(read)
+            });
+            self.of_its_kind(head)?;
+            Header::check_magic(&bytes)?;
+        }
         let header = Header::parse(&bytes)?;
         // The cap of the kind has been checked: this is at most MAX_METADATA.
         let mut metadata = vec![0; header.metadata as usize];
@@ -230,9 +242,9 @@ impl Inlet {
     pub(crate) fn pages(&self, pieces: &[VolatileSlice<'_>], patience: Patience<'_>) -> Result<()> {
         let mut rest = Rest::new(pieces);
         let size = pieces.iter().map(VolatileSlice::len).sum();
-        pump("reading pages", patience, size, |done| {
+        self.of_its_kind(pump("reading pages", patience, size, |done| {
             self.stream.read_pages(rest.after(done)?)
-        })
+        }))
     }
 
     /// Reads a payload of `length` bytes. Memory grows with what has really come.
@@ -249,9 +261,19 @@ impl Inlet {
     }
 
     fn fill(&self, buffer: &mut [u8], during: &'static str, patience: Patience<'_>) -> Result<()> {
-        pump(during, patience, buffer.len(), |done| {
+        self.of_its_kind(pump(during, patience, buffer.len(), |done| {
             self.stream.read(&mut buffer[done..])
-        })
+        }))
+    }
+
+    /// A file has no other end that could have gone.
+    fn of_its_kind(&self, read: Result<()>) -> Result<()> {
+        match read {
+            Err(Error::Closed { during }) if self.stream.is_file() => {
+                Err(Error::Truncated { during })
+            }
+            read => read,
+        }
     }
 }
 
