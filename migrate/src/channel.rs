@@ -30,6 +30,16 @@ pub trait Channel {
         patience: Patience<'_>,
     ) -> Result<u64>;
 
+    /// Sees to it that what was sent will be answered: called before somebody waits for an answer. A channel whose
+    /// destination answers a frame at a time has nothing to do here; another may have put a question off.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    fn flush(&mut self, patience: Patience<'_>) -> Result<()> {
+        let _ = patience;
+        Ok(())
+    }
+
     /// The next answer, if one comes within `wait`.
     ///
     /// # Errors
@@ -42,6 +52,12 @@ pub trait Channel {
     /// Whether a descriptor can go along with a frame. Unless overridden, none can.
     fn takes_descriptors(&self) -> bool {
         false
+    }
+
+    /// What is likely, and what to do, when the destination is gone or silent now without a reason. `None` of one that
+    /// gives reasons, and says later what became of a migration.
+    fn advice(&self) -> Option<String> {
+        None
     }
 
     /// No frame is half sent: another may follow.
@@ -60,44 +76,59 @@ pub trait Channel {
     fn close(&mut self);
 }
 
-impl<C: Channel + ?Sized> Channel for &mut C {
-    fn send(
-        &mut self,
-        message: &Message,
-        payload: &Payload<'_>,
-        patience: Patience<'_>,
-    ) -> Result<u64> {
-        (**self).send(message, payload, patience)
-    }
+/// Whoever holds a channel is one.
+macro_rules! holders {
+    ($($holder:ty),*) => {$(
+        impl<C: Channel + ?Sized> Channel for $holder {
+            fn send(
+                &mut self,
+                message: &Message,
+                payload: &Payload<'_>,
+                patience: Patience<'_>,
+            ) -> Result<u64> {
+                (**self).send(message, payload, patience)
+            }
 
-    fn answer(&mut self, wait: Duration) -> Result<Option<Message>> {
-        (**self).answer(wait)
-    }
+            fn flush(&mut self, patience: Patience<'_>) -> Result<()> {
+                (**self).flush(patience)
+            }
 
-    fn is_answered(&self) -> bool {
-        (**self).is_answered()
-    }
+            fn answer(&mut self, wait: Duration) -> Result<Option<Message>> {
+                (**self).answer(wait)
+            }
 
-    fn takes_descriptors(&self) -> bool {
-        (**self).takes_descriptors()
-    }
+            fn is_answered(&self) -> bool {
+                (**self).is_answered()
+            }
 
-    fn is_whole(&self) -> bool {
-        (**self).is_whole()
-    }
+            fn takes_descriptors(&self) -> bool {
+                (**self).takes_descriptors()
+            }
 
-    fn bytes(&self) -> u64 {
-        (**self).bytes()
-    }
+            fn advice(&self) -> Option<String> {
+                (**self).advice()
+            }
 
-    fn sync(&self) -> Result<()> {
-        (**self).sync()
-    }
+            fn is_whole(&self) -> bool {
+                (**self).is_whole()
+            }
 
-    fn close(&mut self) {
-        (**self).close();
-    }
+            fn bytes(&self) -> u64 {
+                (**self).bytes()
+            }
+
+            fn sync(&self) -> Result<()> {
+                (**self).sync()
+            }
+
+            fn close(&mut self) {
+                (**self).close();
+            }
+        }
+    )*};
 }
+
+holders!(&mut C, Box<C>);
 
 /// A stream as a channel.
 pub(crate) struct StreamChannel {

@@ -15,7 +15,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use gleaner_bitmap::Generation;
 
 use crate::batch::Tally;
-use crate::channel::StreamChannel;
 use crate::job::Job;
 use crate::lane::{Lane, MAX_IN_FLIGHT};
 use crate::link::Failure;
@@ -24,10 +23,13 @@ use crate::supply::{Next, Supply};
 use crate::there::There;
 use crate::{Channel, Error, LeaseId, Result};
 
+/// One of several connections, whatever it speaks.
+pub(crate) type AnyLane = Lane<Box<dyn Channel + Send>>;
+
 /// The connections: the first one leads, and carries what is no page.
 pub(crate) enum Lanes<'a> {
     One(Lane<&'a mut dyn Channel>),
-    Many(Vec<Lane<StreamChannel>>),
+    Many(Vec<AnyLane>),
 }
 
 impl<'a> Lanes<'a> {
@@ -96,7 +98,7 @@ impl<'a> Lanes<'a> {
 }
 
 /// A connection failed, and the others with it.
-fn fail(lane: &Lane<StreamChannel>, number: usize, error: Error) {
+fn fail(lane: &AnyLane, number: usize, error: Error) {
     lane.link.limits.failure.meet(match error {
         Error::Closed { .. } | Error::Broken { .. } | Error::Io { .. } | Error::Silent { .. }
             if number > 0 =>
@@ -111,7 +113,7 @@ fn fail(lane: &Lane<StreamChannel>, number: usize, error: Error) {
 }
 
 /// What became of the work of several connections. Where one is gone, the destination says why on the first.
-fn told(lanes: &mut [Lane<StreamChannel>]) -> Result<()> {
+fn told(lanes: &mut [AnyLane]) -> Result<()> {
     let link = &mut lanes[0].link;
     match link.limits.failure.take() {
         Some(
@@ -151,12 +153,7 @@ fn alone<C: Channel>(
     Ok(())
 }
 
-fn together(
-    lanes: &mut [Lane<StreamChannel>],
-    supply: &mut Supply<'_>,
-    generation: Generation,
-    there: &There,
-) {
+fn together(lanes: &mut [AnyLane], supply: &mut Supply<'_>, generation: Generation, there: &There) {
     let board = Board::default();
     let room = lanes.len();
     let limits = Arc::clone(&lanes[0].link.limits);
@@ -178,12 +175,7 @@ fn together(
 }
 
 /// A connection's thread: job by job, until there will be no more and all have been applied.
-fn work(
-    lane: &mut Lane<StreamChannel>,
-    board: &Board,
-    generation: Generation,
-    there: &There,
-) -> Result<()> {
+fn work(lane: &mut AnyLane, board: &Board, generation: Generation, there: &There) -> Result<()> {
     loop {
         match board.take(lane.under_way() == 0) {
             Take::Job(job) => lane.send(&job, generation, there)?,
@@ -197,7 +189,7 @@ fn work(
     }
 }
 
-fn apply(lane: &mut Lane<StreamChannel>, board: &Board) -> Result<()> {
+fn apply(lane: &mut AnyLane, board: &Board) -> Result<()> {
     if let Some(lease) = lane.applied()? {
         board.done(lease);
     }

@@ -131,7 +131,29 @@ impl<C: Channel> Link<C> {
     }
 }
 
+/// Of a frame that begins now.
+fn patience(limits: &Limits) -> impl Fn(Duration) -> Result<()> {
+    let start = limits.clock.now();
+    move |stalled| {
+        if stalled >= limits.silence {
+            return Err(Error::Silent {
+                during: "writing to the stream",
+                after: stalled,
+            });
+        }
+        if limits.clock.since(start) >= GRACE {
+            limits.check()?;
+        }
+        Ok(())
+    }
+}
+
 impl<C: Channel + ?Sized> Link<C> {
+    /// See [`Channel::advice`].
+    pub(crate) fn advice(&self) -> Option<String> {
+        self.channel.advice()
+    }
+
     pub(crate) fn is_answered(&self) -> bool {
         self.channel.is_answered()
     }
@@ -145,20 +167,8 @@ impl<C: Channel + ?Sized> Link<C> {
         self.limits.check()?;
         self.look_for_refusal()?;
         self.wait_until_due(payload.bytes())?;
-        let (limits, start) = (&self.limits, self.limits.clock.now());
-        let patience = |stalled: Duration| {
-            if stalled >= limits.silence {
-                return Err(Error::Silent {
-                    during: "writing to the stream",
-                    after: stalled,
-                });
-            }
-            if limits.clock.since(start) >= GRACE {
-                limits.check()?;
-            }
-            Ok(())
-        };
-        match self.channel.send(message, payload, &patience) {
+        let sent = self.channel.send(message, payload, &patience(&self.limits));
+        match sent {
             Err(error @ (Error::Closed { .. } | Error::Broken { .. } | Error::Io { .. })) => {
                 Err(self.last_words().unwrap_or(error))
             }
@@ -173,6 +183,9 @@ impl<C: Channel + ?Sized> Link<C> {
 
     /// Waits for the next answer.
     pub(crate) fn answer(&mut self, during: &'static str) -> Result<Message> {
+        if self.taken.is_empty() {
+            self.channel.flush(&patience(&self.limits))?;
+        }
         let start = self.limits.clock.now();
         loop {
             self.limits.check()?;

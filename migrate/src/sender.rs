@@ -28,7 +28,7 @@ use gleaner_bitmap::mutant::{self, Mutant};
 
 use crate::channel::StreamChannel;
 use crate::lane::Lane;
-use crate::lanes::Lanes;
+use crate::lanes::{AnyLane, Lanes};
 use crate::link::{Failure, Limits, Link, Pace};
 use crate::pack::Packer;
 use crate::policy::{Decision, Goal, History, OnTimeout, ThrottleGoal, Verdict};
@@ -218,7 +218,7 @@ impl<'a> Sender<'a> {
         let limits = self.limits();
         let lane = |stream| {
             let packer = Packer::new(compress)?;
-            let channel = StreamChannel::open(stream)?;
+            let channel: Box<dyn Channel + Send> = Box::new(StreamChannel::open(stream)?);
             Ok(Lane::new(Link::new(channel, Arc::clone(&limits)), packer))
         };
         let first = match lane(first) {
@@ -340,7 +340,7 @@ impl<'a> Session<'a> {
     }
 
     /// Adds a connection to a migration that is open.
-    fn join(&mut self, mut lane: Lane<StreamChannel>, number: u16) -> Result<()> {
+    fn join(&mut self, mut lane: AnyLane, number: u16) -> Result<()> {
         let join = Message::Join(Join {
             id: self.report.migration_id,
             channel: number,
@@ -393,16 +393,28 @@ impl<'a> Session<'a> {
         if let (Error::TimedOut { .. }, Some(last)) = (&error, self.report.progress.last()) {
             reason = format!("{reason}; after round {}: {}", last.round, last.reason);
         }
+        let gone = matches!(
+            error,
+            Error::Closed { .. }
+                | Error::Io { .. }
+                | Error::Silent { .. }
+                | Error::Connection { .. }
+        );
+        let advice = self.lanes.lead().link.advice();
         let refused = matches!(error, Error::Refused { .. });
         let in_doubt = self.limits().is_committed() && !refused;
         if in_doubt && !mutant::is_planted(Mutant::DoubtTakenForFailure) {
             self.report.status = Status::InDoubt;
+            let id = self.report.migration_id;
+            let advice =
+                advice.unwrap_or_else(|| format!("ask the destination for migration {id}"));
             reason = format!(
-                "the destination was told to run and has not answered: {reason}; the guest stays stopped here, ask the \
-                 destination for migration {}",
-                self.report.migration_id
+                "the destination was told to run and has not answered: {reason}; the guest stays stopped here, {advice}"
             );
         } else {
+            if let Some(advice) = advice.filter(|_| gone) {
+                reason = format!("{reason}; {advice}");
+            }
             self.report.status = match error {
                 Error::Cancelled => Status::Cancelled,
                 _ => Status::Failed,

@@ -109,6 +109,45 @@ impl<'a> Rest<'a> {
     }
 }
 
+/// Fills `buffer`.
+pub(crate) fn read(
+    stream: &Stream,
+    buffer: &mut [u8],
+    during: &'static str,
+    patience: Patience<'_>,
+) -> Result<()> {
+    pump(during, patience, buffer.len(), |done| {
+        stream.read(&mut buffer[done..])
+    })
+}
+
+const WRITING: &str = "writing to the stream";
+
+/// Writes bytes that nobody changes. `more`: others follow at once.
+pub(crate) fn write(
+    stream: &Stream,
+    bytes: &[u8],
+    more: bool,
+    patience: Patience<'_>,
+) -> Result<()> {
+    pump(WRITING, patience, bytes.len(), |done| {
+        stream.write(&bytes[done..], more)
+    })
+}
+
+/// Writes memory that may change meanwhile.
+pub(crate) fn write_pieces(
+    stream: &Stream,
+    pieces: &[VolatileSlice<'_>],
+    patience: Patience<'_>,
+) -> Result<()> {
+    let size = pieces.iter().map(VolatileSlice::len).sum();
+    let mut rest = Rest::new(pieces);
+    pump(WRITING, patience, size, |done| {
+        stream.write_pages(rest.after(done)?)
+    })
+}
+
 /// Writes frames.
 pub(crate) struct Outlet {
     stream: Stream,
@@ -141,7 +180,6 @@ impl Outlet {
         payload: &Payload<'_>,
         patience: Patience<'_>,
     ) -> Result<u64> {
-        const DURING: &str = "writing to the stream";
         let metadata = message.encode()?;
         let sequence = self.sequence;
         let header = Header::encode(message.kind(), sequence, &metadata, payload.bytes())?;
@@ -150,23 +188,18 @@ impl Outlet {
         head.extend_from_slice(&metadata);
         let length = payload.bytes();
         self.whole = false;
-        pump(DURING, patience, head.len(), |done| match payload {
+        match payload {
             // With the first byte, whose frame it belongs to.
-            Payload::Descriptor(fd) if done == 0 => self.stream.write_with(&head, *fd),
-            _ => self.stream.write(&head[done..], length > 0),
-        })?;
-        let size = usize::try_from(length).unwrap_or(usize::MAX);
+            Payload::Descriptor(fd) => pump(WRITING, patience, head.len(), |done| match done {
+                0 => self.stream.write_with(&head, *fd),
+                _ => self.stream.write(&head[done..], false),
+            })?,
+            _ => write(&self.stream, &head, length > 0, patience)?,
+        }
         match payload {
             Payload::None | Payload::Descriptor(_) => {}
-            Payload::Bytes(bytes) => pump(DURING, patience, size, |done| {
-                self.stream.write(&bytes[done..], false)
-            })?,
-            Payload::Pages(pieces) => {
-                let mut rest = Rest::new(pieces);
-                pump(DURING, patience, size, |done| {
-                    self.stream.write_pages(rest.after(done)?)
-                })?;
-            }
+            Payload::Bytes(bytes) => write(&self.stream, bytes, false, patience)?,
+            Payload::Pages(pieces) => write_pieces(&self.stream, pieces, patience)?,
         }
         self.whole = true;
         self.sequence += 1;
@@ -261,9 +294,7 @@ impl Inlet {
     }
 
     fn fill(&self, buffer: &mut [u8], during: &'static str, patience: Patience<'_>) -> Result<()> {
-        self.of_its_kind(pump(during, patience, buffer.len(), |done| {
-            self.stream.read(&mut buffer[done..])
-        }))
+        self.of_its_kind(read(&self.stream, buffer, during, patience))
     }
 
     /// A file has no other end that could have gone.
