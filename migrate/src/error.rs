@@ -290,6 +290,48 @@ pub enum Error {
         /// Why.
         why: &'static str,
     },
+    /// The format has no words for something.
+    #[error("QEMU's stream has no {what}: leave that out, or migrate to a Gleaner destination")]
+    NotInFormat {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// Blocks came or went while they may not.
+    #[error(
+        "RAM blocks came or went ({}) while the guest was migrated: QEMU's stream can't tell that, so let no memory be \
+         plugged meanwhile",
+        changes(came, gone)
+    )]
+    Hotplug {
+        /// Names of new blocks.
+        came: Vec<String>,
+        /// Names of blocks that are no more.
+        gone: Vec<String>,
+    },
+    /// A further connection of multifd did not come about.
+    #[error(
+        "connection {number} of multifd: {cause}; the QEMU needs the capability multifd and multifd-channels {channels}, \
+         both set before migrate-incoming"
+    )]
+    Multifd {
+        /// Its number, from 1 on.
+        number: u16,
+        /// How many there should be.
+        channels: u16,
+        /// What it met.
+        cause: Box<Error>,
+    },
+    /// What answers is no QEMU.
+    #[error(
+        "what answers is not a QEMU that awaits a migration: check the address, and the format at both ends"
+    )]
+    NotQemu,
+    /// A QEMU has read the whole stream and met an error. It may have started the guest before.
+    #[error("QEMU shut the return path with error {value}: it says more on its standard error")]
+    NotLoaded {
+        /// Its number for the error.
+        value: u32,
+    },
     /// Memory that was handed over is not what it must be.
     #[error("the memory of block {name} can't be taken over: {why}")]
     NotShareable {
@@ -370,6 +412,13 @@ fn few(most: u16) -> String {
         1 => "one".into(),
         most => format!("1 to {most}"),
     }
+}
+
+/// Blocks that came, and blocks that went.
+fn changes(came: &[String], gone: &[String]) -> String {
+    let came = came.iter().map(|name| format!("+{name}"));
+    let gone = gone.iter().map(|name| format!("-{name}"));
+    came.chain(gone).collect::<Vec<_>>().join(", ")
 }
 
 /// What to do about a stream that starts so.

@@ -29,6 +29,7 @@
 //! * [`Receiver`] drives a [`Destination`]. It refuses whatever does not fit, and its reason is what the user of the
 //!   source reads.
 //! * [`wire`] is the format: identity on the wire is (block, page).
+//! * [`Format::Qemu`] brings the memory to a stock QEMU instead, by the same rounds.
 //! * On one host memory need not travel: with [`SenderOptions::local`] the destination goes on with the source's own.
 //! * Never two guests: between GO and its answer the source stays stopped, until the destination has said what became
 //!   of it ([`query`], [`resolve`]).
@@ -66,6 +67,7 @@ mod outcome;
 mod pack;
 mod patience;
 pub mod policy;
+mod qemu;
 mod raw;
 mod receiver;
 mod reception;
@@ -104,6 +106,7 @@ pub use outcome::{MigrationId, Outcome, Outcomes, ask, query, resolve, serve_que
 pub use pack::Compress;
 pub use patience::CancelToken;
 pub use policy::{OnTimeout, ThrottleGoal};
+pub use qemu::{Format, MultifdSync, QemuOptions};
 pub use receiver::{Receiver, ReceiverOptions};
 pub use reception::{Peer, Reception};
 pub use report::{DowntimeParts, Progress, Received, Report, Status};

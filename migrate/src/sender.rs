@@ -32,12 +32,13 @@ use crate::lanes::{AnyLane, Lanes};
 use crate::link::{Failure, Limits, Link, Pace};
 use crate::pack::Packer;
 use crate::policy::{Decision, Goal, History, OnTimeout, ThrottleGoal, Verdict};
+use crate::qemu::{self, QemuChannel};
 use crate::supply::Supply;
 use crate::there::There;
 use crate::watch::Watch;
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
-    Address, CancelToken, Channel, Clock, Compress, Connector, Error, MigrationId, OnTick,
+    Address, CancelToken, Channel, Clock, Compress, Connector, Error, Format, MigrationId, OnTick,
     Progress, Report, Result, Source, Status, Stream, Throttle, Throttles,
 };
 
@@ -63,7 +64,10 @@ pub struct SenderOptions {
     pub on_timeout: OnTimeout,
     /// What of a guest that does not converge is slowed down. Nothing.
     pub throttle: ThrottleGoal,
-    /// Connections that pages go over, 1 to [`MAX_CHANNELS`]. 1.
+    /// What it is written as. Gleaner's own stream. A channel that is given has a format already.
+    pub format: Format,
+    /// Connections that pages go over, 1 to [`MAX_CHANNELS`]. 1. In QEMU's format those of multifd, to which the main one
+    /// comes; 1 is without multifd.
     pub channels: u16,
     /// All pages are compared before the guest may run at the destination: a difference fails the migration. The time
     /// that it takes comes on top of the downtime that is forecast. No.
@@ -103,6 +107,7 @@ impl SenderOptions {
             timeout: None,
             on_timeout: OnTimeout::default(),
             throttle: ThrottleGoal::default(),
+            format: Format::Native,
             channels: 1,
             verify: false,
             compress: Compress::None,
@@ -122,6 +127,15 @@ impl SenderOptions {
 impl SenderOptions {
     /// Whether it can be done over a channel that has answers, or takes descriptors.
     fn check(&self, answered: bool, descriptors: bool) -> Result<()> {
+        if self.format != Format::Native {
+            let what = match self {
+                _ if self.verify => "digests to verify pages by",
+                _ if self.local => "memory that is handed over",
+                _ if self.compress != Compress::None => "compression of this kind",
+                _ => return Ok(()),
+            };
+            return Err(Error::NotInFormat { what });
+        }
         if self.verify && !answered {
             return Err(Error::Unverifiable);
         }
@@ -174,6 +188,14 @@ impl<'a> Sender<'a> {
         if let Err(error) = self.options.check(answered, descriptors) {
             return self.failed(error);
         }
+        if let Format::Qemu(qemu) = &self.options.format
+            && channels > 1
+        {
+            return match qemu::open(to, channels, qemu) {
+                Ok(channels) => self.run_to_qemu(channels),
+                Err(error) => self.failed(error),
+            };
+        }
         match to.connect() {
             Ok(stream) if channels == 1 => self.run(stream),
             Ok(stream) => self.run_on_many(stream, to),
@@ -184,7 +206,13 @@ impl<'a> Sender<'a> {
     /// As [`Sender::run_to`], over one stream that is open already, and closed afterwards.
     #[must_use]
     pub fn run(self, stream: Stream) -> Report {
-        match StreamChannel::open(stream) {
+        let channel: Result<Box<dyn Channel>> = match &self.options.format {
+            Format::Native => StreamChannel::open(stream).map(|channel| Box::new(channel) as _),
+            Format::Qemu(qemu) => {
+                QemuChannel::over(stream, qemu).map(|channel| Box::new(channel) as _)
+            }
+        };
+        match channel {
             Ok(mut channel) => self.run_over(&mut channel),
             Err(error) => self.failed(error),
         }
@@ -233,6 +261,19 @@ impl<'a> Sender<'a> {
                 (1..channels).try_for_each(|number| session.join(lane(to.connect()?)?, number))
             })
             .and_then(|()| session.migrate());
+        session.finish(ended)
+    }
+
+    fn run_to_qemu(self, channels: Vec<QemuChannel>) -> Report {
+        let limits = self.limits();
+        let lane = |channel| {
+            let channel: Box<dyn Channel + Send> = Box::new(channel);
+            Lane::new(Link::new(channel, Arc::clone(&limits)), None)
+        };
+        let count = self.options.channels;
+        let lanes = Lanes::Many(channels.into_iter().map(lane).collect());
+        let mut session = Session::new(self.source, self.options, lanes);
+        let ended = session.greet(count).and_then(|()| session.migrate());
         session.finish(ended)
     }
 

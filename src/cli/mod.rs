@@ -3,6 +3,7 @@
 mod compare;
 mod demo;
 mod dry_run;
+mod format;
 mod guest;
 mod options;
 mod output;

@@ -10,6 +10,7 @@ use gleaner_migrate::{
     Address, CancelToken, Error, MigrationId, Outcome, Report, Sender, Status, query, resolve,
 };
 
+use super::format::FormatOptions;
 use super::options::{MigrationOptions, Packing, Slow, TlsOptions, cancel_on_signal};
 use super::output::Output;
 use super::trace::Trace;
@@ -22,7 +23,7 @@ const QUERY_PATIENCE: Duration = Duration::from_secs(10);
 /// The command's options.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example: gleaner send --control /tmp/g.sock --to tcp:host2:4444 --downtime-limit 100ms\n\nWhen an earlier attempt is in doubt, the destination at --to is asked what became of it, and nothing else is done.\nCtrl-C cancels: the guest runs on at the source."
+    after_help = "Example: gleaner send --control /tmp/g.sock --to tcp:host2:4444 --downtime-limit 100ms\nTo a QEMU: gleaner send --control /tmp/g.sock --to tcp:host2:4444 --format qemu --machine pc-i440fx-7.2\n\nWhen an earlier attempt is in doubt, the destination at --to is asked what became of it, and nothing else is done.\nCtrl-C cancels: the guest runs on at the source."
 )]
 pub struct Send {
     /// Socket of the service.
@@ -34,6 +35,8 @@ pub struct Send {
     pub to: Option<Address>,
     #[command(flatten)]
     pub migration: MigrationOptions,
+    #[command(flatten)]
+    pub format: FormatOptions,
     #[command(flatten)]
     pub tls: TlsOptions,
     /// Only tell whether it would converge, from a look at the guest for about 2 s: nothing is sent, nobody is connected
@@ -52,8 +55,19 @@ pub struct Send {
 impl Send {
     /// What can't be asked for together, and no attribute of an option can say.
     pub fn check(&self) -> Result<(), String> {
+        self.format.check()?;
         let migration = &self.migration;
-        let problem = if self.local {
+        let problem = if self.format.is_qemu() {
+            match () {
+                () if self.local => "a QEMU takes no memory that is handed over: leave out --local",
+                () if self.tls.is_asked_for() => "--format qemu goes without TLS: leave out --tls",
+                () if migration.verify => "a QEMU compares no pages: leave out --verify",
+                () if migration.compress != Packing::None => {
+                    "QEMU's stream is not compressed: leave out --compress"
+                }
+                () => return Ok(()),
+            }
+        } else if self.local {
             match &self.to {
                 Some(Address::Tcp { .. } | Address::File(_)) => {
                     "--local stays on this host: write --to unix:PATH"
@@ -114,6 +128,9 @@ impl Send {
         let to = self.tls.connector(address.clone());
         let mut source = match ServiceClient::attach_until(&self.control, id, &cancel) {
             Ok(Attach::Ready(source)) => source,
+            Ok(Attach::InDoubt(_, earlier)) if self.format.is_qemu() => {
+                return Ok(unasked(output, earlier));
+            }
             Ok(Attach::InDoubt(source, earlier)) => {
                 eprintln!("gleaner: migration {earlier} is in doubt, asking {address}");
                 let outcome = to.and_then(|to| query(&to, earlier, QUERY_PATIENCE));
@@ -128,6 +145,7 @@ impl Send {
         };
         let mut options = self.migration.sender(id, cancel, trace.as_ref());
         options.local = self.local;
+        options.format = self.format.format();
         let report = Sender::new(&mut source, options).run_to(&to);
         if let Some(trace) = trace {
             trace.end(&report);
@@ -186,6 +204,18 @@ fn settle(
             format!("{error}; the guest stays stopped here"),
         ),
     };
+    told(output, earlier, status, &reason)
+}
+
+/// An earlier attempt is in doubt, and a QEMU can't be asked what became of it.
+fn unasked(output: Output, earlier: MigrationId) -> ExitCode {
+    let reason = "it is in doubt, and a QEMU can't be asked; where its query-migrate says completed, the guest's memory \
+                  is there; the guest stays stopped here";
+    told(output, earlier, Status::InDoubt, reason)
+}
+
+/// What became of an earlier attempt.
+fn told(output: Output, earlier: MigrationId, status: Status, reason: &str) -> ExitCode {
     let reason = format!("migration {earlier}: {reason}");
     let mut report = Report::new(earlier);
     report.status = status;
