@@ -258,9 +258,14 @@ impl Guest {
 
     /// A guest with its service, its RAM in a memfd.
     pub fn in_memory(place: &Place, ram: &str, more: &[&str]) -> Self {
+        Self::in_memory_writing(place, ram, "2000", more)
+    }
+
+    /// One that writes so many pages a second.
+    pub fn in_memory_writing(place: &Place, ram: &str, rate: &str, more: &[&str]) -> Self {
         let control = place.arg("control");
         let mut args = vec!["guest", "--control", &control, "--ram", ram];
-        args.extend(["--write-rate", "2000", "--churn", "100"]);
+        args.extend(["--write-rate", rate, "--churn", "100"]);
         args.extend(more);
         let mut process = Process::start(&args);
         process.says("guest runs");
