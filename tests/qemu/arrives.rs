@@ -30,7 +30,7 @@ fn arrives(ram: u64, address: impl Fn(&Place) -> String, channels: u16, rate: &s
     let more = [CHURN[0], CHURN[1], "--vcpus", "2"];
     let mut guest = Guest::in_memory_writing(&place, &ram.to_string(), rate, &more);
     let channels = channels.to_string();
-    let sent = guest.send(&address, &to_qemu(&channels, &["--downtime-limit", "2s"]));
+    let sent = guest.send(&address, &to_qemu(&channels, &["--downtime-limit", "10s"]));
     let report = sent.end().status("completed", 0);
     assert_keys(&report, &SEND);
     guest.process.says("the guest has migrated away");
@@ -44,7 +44,7 @@ fn arrives(ram: u64, address: impl Fn(&Place) -> String, channels: u16, rate: &s
 
 const SMALL: u64 = 64 << 20;
 const LARGE: u64 = 1 << 30;
-const RATE: &str = "20000";
+const RATE: &str = "5000";
 
 fn unix(place: &Place) -> String {
     place.unix("incoming")
