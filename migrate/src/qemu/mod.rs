@@ -49,6 +49,8 @@ mod line;
 mod packet;
 mod peer;
 mod record;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use channel::{QemuChannel, open};
 
