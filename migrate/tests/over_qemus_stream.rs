@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used)] // a test that can't go on fails
 
-#[allow(dead_code, clippy::cast_possible_truncation)] // each test uses its own part
 mod common;
 
 use std::io::{Read, Write};

@@ -31,6 +31,7 @@ fn every_help_has_an_example() {
 fn wrong_usage_is_2_and_names_the_fault() {
     let guest = ["guest", "--control", "/nowhere/socket"];
     let send = ["send", "--json", "--control", "/nowhere", "--to", "unix:/x"];
+    let qemu = [&send[..], &["--format", "qemu"]].concat();
     let with = |base: &[&'static str], more: &[&'static str]| [base, more].concat();
     for (args, fault) in [
         (vec![], "Usage"),
@@ -67,6 +68,13 @@ fn wrong_usage_is_2_and_names_the_fault() {
             vec!["receive", "--listen", "unix:/x", "--backend", "model"],
             "--resume",
         ),
+        (with(&send, &["--machine", "none"]), "add --format qemu"),
+        (with(&send, &["--qemu-version", "9"]), "add --format qemu"),
+        (with(&qemu, &["--qemu-version", "5"]), "7.2, 9, 10"),
+        (with(&qemu, &["--verify"]), "leave out --verify"),
+        (with(&qemu, &["--local"]), "leave out --local"),
+        (with(&qemu, &["--tls", "/x"]), "leave out --tls"),
+        (with(&qemu, &["--compress", "lz4"]), "leave out --compress"),
         (
             with(&send, &["--timeout", "soon"]),
             "\"soon\" is no duration",
