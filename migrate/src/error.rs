@@ -332,6 +332,31 @@ pub enum Error {
         /// Its number for the error.
         value: u32,
     },
+    /// Not QEMU's stream.
+    #[error(
+        "not QEMU's stream: it starts with {found:02x?}; check address and format at both ends"
+    )]
+    NotQemuStream {
+        /// The four bytes in place of the magic number.
+        found: [u8; 4],
+    },
+    /// QEMU's stream has something in it that can't be read here.
+    #[error("QEMU's stream can't be read: {problem}")]
+    QemuStream {
+        /// What, and what to do if there is something.
+        problem: String,
+    },
+    /// The stream of a QEMU ended, and there is a page that it had not.
+    #[error(
+        "page {page} of RAM block {block} never came, so the memory is not complete: use one source alone, without \
+         free-page-hint"
+    )]
+    NeverCame {
+        /// Name of the block.
+        block: String,
+        /// The page, from the start of the block.
+        page: u64,
+    },
     /// Memory that was handed over is not what it must be.
     #[error("the memory of block {name} can't be taken over: {why}")]
     NotShareable {

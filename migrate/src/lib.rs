@@ -29,7 +29,7 @@
 //! * [`Receiver`] drives a [`Destination`]. It refuses whatever does not fit, and its reason is what the user of the
 //!   source reads.
 //! * [`wire`] is the format: identity on the wire is (block, page).
-//! * [`Format::Qemu`] brings the memory to a stock QEMU instead, by the same rounds.
+//! * [`Format::Qemu`] brings the memory to a stock QEMU instead, by the same rounds. [`QemuReceiver`] takes that of one.
 //! * On one host memory need not travel: with [`SenderOptions::local`] the destination goes on with the source's own.
 //! * Never two guests: between GO and its answer the source stays stopped, until the destination has said what became
 //!   of it ([`query`], [`resolve`]).
@@ -106,7 +106,7 @@ pub use outcome::{MigrationId, Outcome, Outcomes, ask, query, resolve, serve_que
 pub use pack::Compress;
 pub use patience::CancelToken;
 pub use policy::{OnTimeout, ThrottleGoal};
-pub use qemu::{Format, MultifdSync, QemuOptions};
+pub use qemu::{Format, Images, MultifdSync, QemuOptions, QemuReceived, QemuReceiver};
 pub use receiver::{Receiver, ReceiverOptions};
 pub use reception::{Peer, Reception};
 pub use report::{DowntimeParts, Progress, Received, Report, Status};

@@ -57,11 +57,13 @@ fn next(
     cancel: &CancelToken,
     end: Option<Instant>,
 ) -> Result<Option<Stream>> {
-    let tick = Timespec {
-        tv_sec: 0,
-        tv_nsec: TICK.subsec_nanos().into(),
-    };
     loop {
+        // Whoever wants no more than who has come by now is not kept.
+        let left = end.map_or(TICK, |end| end.saturating_duration_since(Instant::now()));
+        let tick = Timespec {
+            tv_sec: 0,
+            tv_nsec: left.min(TICK).subsec_nanos().into(),
+        };
         let mut fds: Vec<_> = here
             .iter()
             .map(|newcomer| PollFd::new(&newcomer.stream, PollFlags::IN))

@@ -5,6 +5,7 @@ mod demo;
 mod dry_run;
 mod format;
 mod guest;
+mod images;
 mod options;
 mod output;
 mod progress;
@@ -58,7 +59,7 @@ pub fn main() -> ExitCode {
         Command::Demo(demo) => ("demo", demo.check()),
         Command::Guest(guest) => ("guest", guest.guest.check()),
         Command::Send(send) => ("send", send.check()),
-        Command::Receive(_) => ("receive", Ok(())),
+        Command::Receive(receive) => ("receive", receive.check()),
     };
     if let Err(problem) = checked {
         let mut all = Cli::command();
@@ -70,7 +71,7 @@ pub fn main() -> ExitCode {
         }
     }
     // Whom a destination turned away, its user wants to know.
-    let usual = "error,gleaner_migrate::tls=warn,gleaner_migrate::newcomers=warn";
+    let usual = "error,gleaner_migrate::tls=warn,gleaner_migrate::newcomers=warn,gleaner_migrate::qemu=warn";
     let filter = cli.log.unwrap_or_else(|| usual.into());
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))

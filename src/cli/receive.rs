@@ -11,7 +11,9 @@ use gleaner_migrate::{
 };
 
 use super::Failure;
+use super::format::Written;
 use super::guest::watch;
+use super::images;
 use super::options::{BackendChoice, TlsOptions, cancel_on_signal};
 use super::output::Output;
 use crate::Tracking;
@@ -37,6 +39,10 @@ pub struct Receive {
     /// Keep the memory of each block in DIR/<block>.ram, DIR made when it is missing; in memory only unless given.
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
+    /// What the source writes: native is `gleaner send`; qemu is a stock QEMU, each RAM block of which becomes
+    /// DIR/<block>.ram, and its devices DIR/device-state, as they came.
+    #[arg(long, value_enum, default_value_t = Written::Native)]
+    pub format: Written,
     /// Run the guest when it has come.
     #[arg(long)]
     pub resume: bool,
@@ -57,6 +63,9 @@ impl Receive {
     /// Receives one guest.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
+        if self.format == Written::Qemu {
+            return self.run_qemu(output);
+        }
         let mut destination = IncomingMachine::new();
         if let Some(dir) = &self.ram_dir {
             std::fs::create_dir_all(dir)
@@ -169,6 +178,38 @@ impl Doubts {
         let before = self.ids.len();
         self.ids.retain(|awaited| *awaited != id);
         before > 0 && self.ids.is_empty()
+    }
+}
+
+impl Receive {
+    /// What can't be asked for together, and no attribute of an option can say.
+    pub fn check(&self) -> Result<(), String> {
+        let problem = match self.format {
+            Written::Qemu if self.ram_dir.is_none() => {
+                "--format qemu keeps what comes in files: add --ram-dir DIR"
+            }
+            Written::Qemu if self.resume => "a guest of a QEMU can't run here: leave out --resume",
+            Written::Qemu if self.tls.is_asked_for() => {
+                "--format qemu goes without TLS: leave out --tls"
+            }
+            Written::Native | Written::Qemu => return Ok(()),
+        };
+        Err(problem.into())
+    }
+
+    /// Receives from a stock QEMU.
+    fn run_qemu(self, output: Output) -> Result<ExitCode, Failure> {
+        let dir = self.ram_dir.unwrap_or_default();
+        std::fs::create_dir_all(&dir)
+            .map_err(|e| output.failure()(format!("{}: {e}", dir.display())))?;
+        let cancel = CancelToken::new();
+        cancel_on_signal(&cancel).map_err(output.failure())?;
+        let listener = Listener::bind(&self.listen).map_err(output.failure())?;
+        eprintln!(
+            "gleaner: listening at {}",
+            listener_name(&self.listen, &listener)
+        );
+        images::receive(&listener, &dir, cancel, output)
     }
 }
 

@@ -45,6 +45,7 @@
 
 mod answers;
 mod channel;
+mod incoming;
 mod line;
 mod packet;
 mod peer;
@@ -53,6 +54,7 @@ mod record;
 mod tests;
 
 pub(crate) use channel::{QemuChannel, open};
+pub use incoming::{Images, QemuReceived, QemuReceiver};
 
 /// What a migration is written as.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

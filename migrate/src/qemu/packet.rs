@@ -3,9 +3,11 @@
 //! A connection opens with a hello of 64 bytes. Packets follow: 1344 bytes that say which pages of one block, then their
 //! contents. A packet may be without pages.
 
+use gleaner_bitmap::PAGE_SIZE;
+
 use crate::{Error, Result};
 
-const MAGIC: u32 = 0x1122_3344;
+pub(crate) const MAGIC: u32 = 0x1122_3344;
 const VERSION: u32 = 1;
 
 pub(crate) const HELLO_LEN: usize = 64;
@@ -21,6 +23,8 @@ const ALLOCATED: usize = 12;
 const NORMAL: usize = 16;
 const NEXT_SIZE: usize = 20;
 const NUMBER: usize = 24;
+/// From 9.0 on; 0 before.
+const ZERO: usize = 32;
 const BLOCK: usize = 64;
 const BLOCK_LEN: usize = 256;
 const OFFSETS: usize = 320;
@@ -66,6 +70,88 @@ pub(crate) fn packet(
         put(&mut bytes, at, &offset.to_be_bytes());
     }
     Ok(bytes)
+}
+
+/// What a connection says of itself first.
+pub(crate) struct Hello {
+    /// Names the virtual machine.
+    pub(crate) machine: [u8; 16],
+    pub(crate) channel: u8,
+}
+
+impl Hello {
+    pub(crate) fn parse(bytes: &[u8; HELLO_LEN]) -> Result<Self> {
+        check_head(bytes)?;
+        let mut machine = [0; 16];
+        machine.copy_from_slice(&bytes[8..24]);
+        Ok(Self {
+            machine,
+            channel: bytes[24],
+        })
+    }
+}
+
+/// A packet, as a connection brings it.
+pub(crate) struct Packet {
+    pub(crate) flags: u32,
+    pub(crate) block: String,
+    /// In bytes; of pages whose contents follow first.
+    pub(crate) offsets: Vec<u64>,
+    /// How many those are. The rest are zero.
+    pub(crate) normal: usize,
+}
+
+impl Packet {
+    pub(crate) fn parse(bytes: &[u8; PACKET_LEN]) -> Result<Self> {
+        check_head(bytes)?;
+        let (flags, normal) = (u32_at(bytes, FLAGS), u32_at(bytes, NORMAL));
+        let (size, zero) = (u32_at(bytes, NEXT_SIZE), u32_at(bytes, ZERO));
+        if flags & !SYNC != 0 {
+            return Err(bad(format!(
+                "a packet has flags {flags:#x}: set multifd-compression to none at the source"
+            )));
+        }
+        let pages = u64::from(normal) + u64::from(zero);
+        if pages > MAX_PAGES as u64 {
+            return Err(bad(format!(
+                "a packet has {pages} pages, of {MAX_PAGES} at most"
+            )));
+        }
+        // Without pages it is what it was in the packet before.
+        if normal > 0 && u64::from(size) != u64::from(normal) * PAGE_SIZE {
+            return Err(bad(format!("a packet has {size} bytes for {normal} pages")));
+        }
+        let name = &bytes[BLOCK..BLOCK + BLOCK_LEN];
+        let length = name.iter().position(|byte| *byte == 0);
+        let name = length.and_then(|length| std::str::from_utf8(&name[..length]).ok());
+        let (offsets, _) = bytes[OFFSETS..].as_chunks();
+        let offsets = offsets.iter().map(|bytes| u64::from_be_bytes(*bytes));
+        Ok(Self {
+            flags,
+            block: name
+                .ok_or_else(|| bad("a block's name is not a text".into()))?
+                .to_owned(),
+            offsets: offsets.take(normal as usize + zero as usize).collect(),
+            normal: normal as usize,
+        })
+    }
+}
+
+fn check_head(bytes: &[u8]) -> Result<()> {
+    if (u32_at(bytes, 0), u32_at(bytes, 4)) == (MAGIC, VERSION) {
+        return Ok(());
+    }
+    Err(bad(
+        "a connection that should bring pages by multifd does not".into(),
+    ))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn bad(problem: String) -> Error {
+    Error::QemuStream { problem }
 }
 
 /// Of pages in a packet or bytes in them: far below 2^32.

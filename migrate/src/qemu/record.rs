@@ -18,6 +18,8 @@ pub(crate) const EOF: u8 = 0x00;
 pub(crate) const SECTION_START: u8 = 0x01;
 pub(crate) const SECTION_PART: u8 = 0x02;
 pub(crate) const SECTION_END: u8 = 0x03;
+pub(crate) const SECTION_FULL: u8 = 0x04;
+pub(crate) const SUBSECTION: u8 = 0x05;
 pub(crate) const VMDESCRIPTION: u8 = 0x06;
 pub(crate) const CONFIGURATION: u8 = 0x07;
 pub(crate) const COMMAND: u8 = 0x08;
@@ -26,6 +28,8 @@ pub(crate) const FOOTER: u8 = 0x7e;
 /// Commands.
 pub(crate) const OPEN_RETURN_PATH: u16 = 1;
 pub(crate) const PING: u16 = 2;
+/// From 8.1 on: the guest has stopped.
+pub(crate) const SWITCHOVER_START: u16 = 11;
 
 /// Answers on the return path: u16 type, u16 length, then so many bytes.
 pub(crate) const SHUT: u16 = 1;
@@ -43,6 +47,7 @@ pub(crate) const MEM_SIZE: u64 = 0x004;
 pub(crate) const PAGE: u64 = 0x008;
 pub(crate) const EOS: u64 = 0x010;
 pub(crate) const CONTINUE: u64 = 0x020;
+pub(crate) const XBZRLE: u64 = 0x040;
 /// From 8.1 on: wait here until every channel of multifd has come to its SYNC.
 pub(crate) const MULTIFD_FLUSH: u64 = 0x200;
 

@@ -71,5 +71,5 @@ pub use message::{
     MAX_REASON, MemoryBody, Message, StateBody, VERSION,
 };
 pub use packed::{Encoding, MAX_DELTA, MAX_PACKED_PAGES, PackedBody};
-pub(crate) use pipe::{Inlet, Outlet, read, write, write_pieces};
+pub(crate) use pipe::{Inlet, Outlet, read, read_pieces, read_some, write, write_pieces};
 pub use pipe::{Patience, Payload};

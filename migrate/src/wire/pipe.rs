@@ -121,6 +121,38 @@ pub(crate) fn read(
     })
 }
 
+/// Reads some bytes, as many as there are; 0 at the end of the stream.
+pub(crate) fn read_some(
+    stream: &Stream,
+    buffer: &mut [u8],
+    during: &'static str,
+    patience: Patience<'_>,
+) -> Result<usize> {
+    let mut count = 0;
+    let read = pump(during, patience, 1, |_| {
+        count = stream.read(buffer)?;
+        Ok(count)
+    });
+    match read {
+        Err(Error::Closed { .. }) => Ok(0),
+        read => read.map(|()| count),
+    }
+}
+
+/// Fills memory that may be looked at meanwhile.
+pub(crate) fn read_pieces(
+    stream: &Stream,
+    pieces: &[VolatileSlice<'_>],
+    during: &'static str,
+    patience: Patience<'_>,
+) -> Result<()> {
+    let size = pieces.iter().map(VolatileSlice::len).sum();
+    let mut rest = Rest::new(pieces);
+    pump(during, patience, size, |done| {
+        stream.read_pages(rest.after(done)?)
+    })
+}
+
 const WRITING: &str = "writing to the stream";
 
 /// Writes bytes that nobody changes. `more`: others follow at once.
@@ -273,11 +305,7 @@ impl Inlet {
 
     /// Reads a payload into guest memory.
     pub(crate) fn pages(&self, pieces: &[VolatileSlice<'_>], patience: Patience<'_>) -> Result<()> {
-        let mut rest = Rest::new(pieces);
-        let size = pieces.iter().map(VolatileSlice::len).sum();
-        self.of_its_kind(pump("reading pages", patience, size, |done| {
-            self.stream.read_pages(rest.after(done)?)
-        }))
+        self.of_its_kind(read_pieces(&self.stream, pieces, "reading pages", patience))
     }
 
     /// Reads a payload of `length` bytes. Memory grows with what has really come.

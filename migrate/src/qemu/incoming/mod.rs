@@ -1,0 +1,312 @@
+//! A stock QEMU as the source: its memory, and the sections of its devices as they came.
+//!
+//! ```text
+//! Stream --Bytes--> MainStream --> Ram --> memory of the blocks
+//!                      | marks
+//!                   Meeting
+//!                      | SYNCs
+//! Stream ---------> packets -----> Ram
+//! ```
+//!
+//! No guest runs here: what comes is kept. It is whole, or it is an error: QEMU's stream has no checksums and no count of
+//! its pages, so a page that never came is looked for in the end.
+
+mod bytes;
+mod device_state;
+mod multifd;
+mod ram;
+mod stream;
+mod xbzrle;
+
+use std::sync::OnceLock;
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use serde::Serialize;
+
+use self::bytes::Bytes;
+use self::multifd::Meeting;
+use self::ram::Ram;
+use self::stream::{Around, MainStream, Read};
+use super::packet;
+use super::record::{MAGIC, SHUT};
+use crate::patience::{LINGER, TICK};
+use crate::report::Status;
+use crate::wire::{read_some, write};
+use crate::{CancelToken, Error, Listener, NewMemory, Result, Stream};
+
+/// How long a source may take to begin.
+const BEGIN: Duration = Duration::from_secs(5);
+
+/// Where what comes from a QEMU is kept.
+pub trait Images {
+    /// Makes memory for a RAM block: writable, of exactly `pages` pages. Name and length are a peer's: the name may have
+    /// any characters that are not control characters, a slash too, the length may be more than this host has.
+    ///
+    /// # Errors
+    /// Why there is none, made with [`Error::destination`]; the migration ends.
+    fn add_block(&mut self, name: &str, pages: u64) -> Result<NewMemory>;
+
+    /// All memory has come. Keeps the sections of the devices with all that follows them in the stream.
+    ///
+    /// # Errors
+    /// Why it can't be kept, made with [`Error::destination`]; the migration fails.
+    fn complete(&mut self, device_state: &[u8]) -> Result<()>;
+}
+
+/// What came from a QEMU.
+#[derive(Debug, Serialize)]
+pub struct QemuReceived {
+    /// How it ended.
+    pub status: Status,
+    /// Why, unless completed.
+    pub reason: Option<String>,
+    /// The error behind the reason.
+    #[serde(skip)]
+    pub error: Option<Error>,
+    /// The source's machine.
+    pub machine: String,
+    /// RAM blocks.
+    pub blocks: u64,
+    /// Pages that came with their contents, those that came again included.
+    pub pages: u64,
+    /// Pages that came as zeros.
+    pub zero_pages: u64,
+    /// Pages of which what has changed came.
+    pub delta_pages: u64,
+    /// Sections of memory.
+    pub sections: u64,
+    /// Connections of multifd.
+    pub channels: u64,
+    /// Bytes of the sections of devices and of their description.
+    pub device_state_bytes: u64,
+    /// Bytes on the main connection.
+    pub bytes: u64,
+    /// Time from the first byte to the end, in milliseconds.
+    pub total_ms: f64,
+}
+
+/// Receives the memory of a stock QEMU.
+pub struct QemuReceiver<'a> {
+    images: &'a mut dyn Images,
+    cancel: CancelToken,
+}
+
+impl<'a> QemuReceiver<'a> {
+    /// Prepares to receive into `images`, until `cancel` is used.
+    ///
+    /// A source has 5 s to begin. After that it may be silent for as long as it likes: QEMU is where its guest stops
+    /// before the switchover, or its bandwidth is limited to next to nothing.
+    #[must_use]
+    pub fn new(images: &'a mut dyn Images, cancel: CancelToken) -> Self {
+        Self { images, cancel }
+    }
+
+    /// Receives from the first connection that brings a stream of QEMU, and from those of multifd that join it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] of the listener, [`Error::Cancelled`]: no migration has begun.
+    pub fn listen(self, listener: &Listener) -> Result<QemuReceived> {
+        let (stream, early) = first(listener, &self.cancel)?;
+        Ok(self.receive(&stream, Some(listener), early))
+    }
+
+    /// Receives from `stream` alone, which is closed afterwards. Errors are in the report.
+    #[must_use]
+    pub fn run(self, stream: Stream) -> QemuReceived {
+        // One that can't be told to look up now and then can't be read either.
+        let _ = stream.set_timeouts(Some(TICK), Some(TICK));
+        self.receive(&stream, None, Vec::new())
+    }
+
+    fn receive(
+        self,
+        stream: &Stream,
+        listener: Option<&Listener>,
+        early: Vec<Stream>,
+    ) -> QemuReceived {
+        let mut read = Read::default();
+        let ram = OnceLock::new();
+        let meeting = Meeting::default();
+        let begun = Instant::now();
+        let ended = thread::scope(|scope| {
+            let door = Door {
+                stream,
+                listener,
+                early,
+                scope,
+                meeting: &meeting,
+                ram: &ram,
+                cancel: &self.cancel,
+            };
+            let bytes = Bytes::new(|buffer: &mut [u8]| {
+                read_some(stream, buffer, "reading QEMU's stream", &|_| {
+                    meeting.check()?;
+                    check(&self.cancel)
+                })
+            });
+            let ended = MainStream::new(bytes, door, self.images, &ram, &mut read).run();
+            meeting.end();
+            ended
+        });
+        // Connections that failed because of another one have a lesser reason than the first.
+        let ended = ended
+            .map_err(|error| meeting.check().err().unwrap_or(error))
+            .and_then(|()| meeting.check())
+            .and_then(|()| ram.get().map_or(Ok(()), Ram::check_all_came))
+            .and_then(|()| self.images.complete(&read.device_state));
+        if read.answers && !stream.is_file() {
+            // Best effort: a source that has gone is told nothing.
+            let _ = answer(stream, SHUT, u32::from(ended.is_err()));
+        }
+        stream.linger(LINGER);
+        report(ended, &read, ram.get(), &meeting, begun.elapsed())
+    }
+}
+
+fn report(
+    ended: Result<()>,
+    read: &Read,
+    ram: Option<&Ram>,
+    meeting: &Meeting,
+    took: Duration,
+) -> QemuReceived {
+    let error = ended.err();
+    let [pages, zero_pages, delta_pages] = ram.map(Ram::counts).unwrap_or_default();
+    QemuReceived {
+        status: match error {
+            None => Status::Completed,
+            Some(Error::Cancelled) => Status::Cancelled,
+            Some(_) => Status::Failed,
+        },
+        reason: error.as_ref().map(ToString::to_string),
+        error,
+        machine: read.machine.clone(),
+        blocks: ram.map(Ram::blocks).unwrap_or_default(),
+        pages,
+        zero_pages,
+        delta_pages,
+        sections: read.sections,
+        channels: meeting.connections(),
+        device_state_bytes: read.device_state.len() as u64,
+        bytes: read.bytes,
+        total_ms: crate::sender::millis(took),
+    }
+}
+
+/// The connection that leads, and those of multifd that came before it. Whoever says anything else is hung up on, where
+/// others can still come.
+fn first(listener: &Listener, cancel: &CancelToken) -> Result<(Stream, Vec<Stream>)> {
+    let mut early = Vec::new();
+    loop {
+        let Some(stream) = listener.accept_until(cancel, None)? else {
+            continue;
+        };
+        stream.set_timeouts(Some(TICK), Some(TICK))?;
+        if !listener.is_socket() {
+            return Ok((stream, early));
+        }
+        match begin(&stream, cancel) {
+            Ok(MAGIC) => return Ok((stream, early)),
+            Ok(packet::MAGIC) if early.len() < multifd::MAX_CONNECTIONS => early.push(stream),
+            Ok(other) => {
+                let found = other.to_be_bytes();
+                tracing::warn!(error = %Error::NotQemuStream { found }, "hung up on a connection");
+            }
+            Err(Error::Cancelled) => return Err(Error::Cancelled),
+            Err(error) => tracing::warn!(%error, "hung up on a connection"),
+        }
+    }
+}
+
+/// What a connection begins with. It can be read again.
+fn begin(stream: &Stream, cancel: &CancelToken) -> Result<u32> {
+    let begun = Instant::now();
+    let mut bytes = [0; 4];
+    loop {
+        match rustix::net::recv(stream, &mut bytes[..], RecvFlags::PEEK) {
+            Ok((_, 4)) => return Ok(u32::from_be_bytes(bytes)),
+            Ok((_, 0)) => {
+                return Err(Error::Closed {
+                    during: "awaiting a greeting",
+                });
+            }
+            // Less than the number, which is there at once when more is.
+            Ok(_) => thread::sleep(TICK),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(cause) => return Err(Error::io("read a greeting", cause.into())),
+        }
+        check(cancel)?;
+        let after = begun.elapsed();
+        if after >= BEGIN {
+            return Err(Error::Silent {
+                during: "awaiting a greeting",
+                after,
+            });
+        }
+    }
+}
+
+/// What the main connection needs of the others.
+struct Door<'scope, 'env, 'a> {
+    stream: &'a Stream,
+    listener: Option<&'a Listener>,
+    /// Connections that came before this one.
+    early: Vec<Stream>,
+    scope: &'scope Scope<'scope, 'env>,
+    meeting: &'scope Meeting,
+    ram: &'scope OnceLock<Ram>,
+    cancel: &'a CancelToken,
+}
+
+impl Around for Door<'_, '_, '_> {
+    fn meet(&mut self) -> Result<()> {
+        let (scope, meeting) = (self.scope, self.meeting);
+        // Not before there are blocks: a connection may be pages ahead.
+        if let Some(ram) = self.ram.get() {
+            let mut came = std::mem::take(&mut self.early);
+            let listener = self.listener.filter(|listener| listener.is_socket());
+            while let Some(listener) = listener
+                && let Some(stream) = listener.accept_until(self.cancel, Some(Instant::now()))?
+            {
+                came.push(stream);
+            }
+            for stream in came {
+                if let Some(number) = meeting.admit(&stream)? {
+                    scope.spawn(move || meeting.carry(number, &stream, ram));
+                }
+            }
+        }
+        meeting.main(self.cancel)
+    }
+
+    fn answer(&mut self, kind: u16, value: u32) -> Result<()> {
+        if self.stream.is_file() {
+            return Ok(());
+        }
+        answer(self.stream, kind, value)
+    }
+}
+
+/// Says something on the return path.
+fn answer(stream: &Stream, kind: u16, value: u32) -> Result<()> {
+    let mut bytes = [0; 8];
+    bytes[..2].copy_from_slice(&kind.to_be_bytes());
+    bytes[2..4].copy_from_slice(&4u16.to_be_bytes());
+    bytes[4..].copy_from_slice(&value.to_be_bytes());
+    write(
+        stream,
+        &bytes,
+        false,
+        &crate::patience::silent_after("answering the source", LINGER),
+    )
+}
+
+fn check(cancel: &CancelToken) -> Result<()> {
+    if cancel.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
+    Ok(())
+}
