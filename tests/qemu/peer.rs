@@ -11,7 +11,7 @@ use serde_json::{Deserializer, Value, json};
 use crate::common::kvm;
 use crate::harness::{Place, say, until};
 
-const QEMU: &str = "qemu-system-x86_64";
+pub const QEMU: &str = "qemu-system-x86_64";
 /// What its memory holds before.
 const POISON: u8 = 0xEE;
 
@@ -145,13 +145,13 @@ fn poison(path: &Path, mut bytes: u64) {
 }
 
 /// A client of QMP.
-struct Qmp {
+pub struct Qmp {
     to: UnixStream,
-    from: Box<dyn Iterator<Item = serde_json::Result<Value>>>,
+    from: Box<dyn Iterator<Item = serde_json::Result<Value>> + Send>,
 }
 
 impl Qmp {
-    fn connect(path: &Path) -> Self {
+    pub fn connect(path: &Path) -> Self {
         let to = until("QMP is there", || UnixStream::connect(path).ok());
         let from = BufReader::new(to.try_clone().unwrap());
         let from = Box::new(Deserializer::from_reader(from).into_iter());
@@ -166,7 +166,7 @@ impl Qmp {
     }
 
     /// What a command returns.
-    fn execute(&mut self, command: &str, arguments: &Value) -> Value {
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Value {
         let request = json!({ "execute": command, "arguments": arguments });
         self.to.write_all(request.to_string().as_bytes()).unwrap();
         loop {
