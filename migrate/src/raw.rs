@@ -9,6 +9,9 @@ use vm_memory::VolatileSlice;
 
 /// The most pieces that one system call takes (`IOV_MAX`).
 pub(crate) const MAX_PIECES: usize = 1024;
+/// The most bytes that one call writes: it returns only when the peer has made room for the last of them, and until then
+/// nothing that the peer says is heard.
+const MAX_BYTES: usize = 1 << 20;
 
 fn ret(n: isize) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
@@ -22,11 +25,16 @@ pub(crate) fn write_pages(
 ) -> io::Result<usize> {
     let pieces = &pieces[..pieces.len().min(MAX_PIECES)];
     let guards: Vec<_> = pieces.iter().map(VolatileSlice::ptr_guard).collect();
+    let mut room = MAX_BYTES;
     let mut vector: Vec<libc::iovec> = guards
         .iter()
-        .map(|guard| libc::iovec {
-            iov_base: guard.as_ptr().cast_mut().cast(),
-            iov_len: guard.len(),
+        .map_while(|guard| {
+            let iov_len = guard.len().min(room);
+            room -= iov_len;
+            (iov_len > 0).then(|| libc::iovec {
+                iov_base: guard.as_ptr().cast_mut().cast(),
+                iov_len,
+            })
         })
         .collect();
     if socket {
