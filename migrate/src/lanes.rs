@@ -59,7 +59,13 @@ impl<'a> Lanes<'a> {
     }
 
     pub(crate) fn close(&mut self) {
-        self.each(|lane| lane.link.close());
+        // First: what was said last is heard before the end of the others is.
+        self.lead().link.close();
+        // At once: each waits a while for the other end to be done too.
+        let _ = self.at_once(|lane| {
+            lane.link.close();
+            Ok(())
+        });
     }
 
     /// Sends all that `supply` has, and waits until every page has been applied.

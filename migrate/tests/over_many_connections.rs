@@ -369,3 +369,58 @@ fn any_connection_that_breaks_leaves_the_guest_at_the_source_and_nothing_lost() 
         }
     }
 }
+
+/// The next connection, which has said what it wants.
+fn greeted(listener: &std::os::unix::net::UnixListener) -> Raw {
+    let mut raw = Raw {
+        stream: listener.accept().unwrap().0,
+        sequence: 0,
+    };
+    raw.hear();
+    raw
+}
+
+/// Cancels a migration whose destination has welcomed so many of three connections and says nothing more, and then
+/// looks at the connections.
+fn called_off(welcomed: usize, look: impl FnOnce(Vec<Raw>) + Send) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let source = ToySource::new(100);
+    let options = with_channels(3);
+    let cancel = options.cancel.clone();
+    let report = thread::scope(|scope| {
+        scope.spawn(move || {
+            let greet = |number| {
+                let mut raw = greeted(&listener);
+                if number < welcomed {
+                    raw.say(&Message::Welcome(VERSION), &[]);
+                }
+                let limit = Some(std::time::Duration::from_secs(30));
+                raw.stream.set_read_timeout(limit).unwrap();
+                raw
+            };
+            let all = (0..3).map(greet).collect();
+            cancel.cancel();
+            look(all);
+        });
+        let to = Connector::new(Address::Unix(path));
+        Sender::new(&mut source.clone(), options).run_to(&to)
+    });
+    assert_eq!(report.status, Status::Cancelled, "{:?}", report.reason);
+    assert!(source.guest().running);
+}
+
+fn hear_the_end(raw: &mut Raw) {
+    std::io::Read::read_to_end(&mut raw.stream, &mut Vec::new()).unwrap();
+}
+
+/// A host that has vanished keeps nobody waiting once for each connection.
+#[test]
+fn all_further_connections_end_at_once_when_the_other_end_says_nothing() {
+    called_off(3, |mut all| {
+        hear_the_end(&mut all[2]);
+        // The one before has not been given up before the last one was ended.
+        all[1].say(&Message::Refused("late".into()), &[]);
+    });
+}
