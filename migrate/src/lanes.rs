@@ -58,6 +58,18 @@ impl<'a> Lanes<'a> {
         (all, bytes)
     }
 
+    /// Why connection `number` did not come about. Where it is the migration that ended, the destination says why on the
+    /// first.
+    pub(crate) fn not_joined(&mut self, number: u16, error: Error) -> Error {
+        match error {
+            Error::Cancelled | Error::TimedOut { .. } => error,
+            cause => self.lead().link.last_words().unwrap_or(Error::Connection {
+                number: number.into(),
+                cause: Box::new(cause),
+            }),
+        }
+    }
+
     pub(crate) fn close(&mut self) {
         // First: what was said last is heard before the end of the others is.
         self.lead().link.close();

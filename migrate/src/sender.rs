@@ -258,7 +258,11 @@ impl<'a> Sender<'a> {
         let ended = session
             .greet(channels)
             .and_then(|()| {
-                (1..channels).try_for_each(|number| session.join(lane(to.connect()?)?, number))
+                (1..channels).try_for_each(|number| {
+                    let joined = to.connect().and_then(lane);
+                    let joined = joined.and_then(|lane| session.join(lane, number));
+                    joined.map_err(|error| session.lanes.not_joined(number, error))
+                })
             })
             .and_then(|()| session.migrate());
         session.finish(ended)

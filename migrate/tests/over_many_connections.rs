@@ -380,6 +380,39 @@ fn greeted(listener: &std::os::unix::net::UnixListener) -> Raw {
     raw
 }
 
+#[test]
+fn a_destination_that_ends_while_connections_join_is_quoted() {
+    let welcome = Message::Welcome(VERSION);
+    for (said, why) in [
+        (Some("no room here"), "no room here"),
+        (None, "connection 2: the stream ended"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let source = ToySource::new(10);
+        let report = thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut lead = greeted(&listener);
+                lead.say(&welcome, &[]);
+                let mut second = greeted(&listener);
+                second.say(&welcome, &[]);
+                let third = greeted(&listener);
+                if let Some(said) = said {
+                    lead.say(&Message::Refused(said.into()), &[]);
+                }
+                drop(third);
+            });
+            Sender::new(&mut source.clone(), with_channels(3))
+                .run_to(&Connector::new(Address::Unix(path)))
+        });
+        assert_eq!(report.status, Status::Failed);
+        let reason = report.reason.unwrap();
+        assert!(reason.contains(why), "{reason}");
+        assert!(source.guest().running);
+    }
+}
+
 /// Cancels a migration whose destination has welcomed so many of three connections and says nothing more, and then
 /// looks at the connections.
 fn called_off(welcomed: usize, look: impl FnOnce(Vec<Raw>) + Send) {
