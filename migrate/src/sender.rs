@@ -385,16 +385,17 @@ impl<'a> Session<'a> {
     }
 
     /// Adds a connection to a migration that is open.
-    fn join(&mut self, mut lane: AnyLane, number: u16) -> Result<()> {
+    fn join(&mut self, lane: AnyLane, number: u16) -> Result<()> {
         let join = Message::Join(Join {
             id: self.report.migration_id,
             channel: number,
         });
-        welcome(&mut lane, &join)?;
-        if let Lanes::Many(lanes) = &mut self.lanes {
-            lanes.push(lane);
-        }
-        Ok(())
+        let Lanes::Many(lanes) = &mut self.lanes else {
+            return Ok(()); // not reached: one connection has nobody to join
+        };
+        // Before it is welcome, so that it is ended with the others if it never is.
+        lanes.push(lane);
+        lanes.last_mut().map_or(Ok(()), |lane| welcome(lane, &join))
     }
 
     fn migrate(&mut self) -> Result<()> {

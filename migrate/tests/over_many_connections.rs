@@ -457,3 +457,8 @@ fn all_further_connections_end_at_once_when_the_other_end_says_nothing() {
         all[1].say(&Message::Refused("late".into()), &[]);
     });
 }
+
+#[test]
+fn a_connection_that_was_never_welcome_is_ended_too() {
+    called_off(2, |mut all| hear_the_end(&mut all[2]));
+}
