@@ -4,47 +4,11 @@
 use crate::common::kvm;
 use crate::harness::*;
 use crate::proxy::*;
+use crate::way::Standing;
 
 /// Before these frames are through, whole, the source has not let go of its guest.
 const BEFORE: [u8; 8] = [HELLO, WELCOME, LAYOUT, PAGES, SYNC, APPLIED, STATE, READY];
 const PARTS: [Part; 3] = [Part::Nothing, Part::Half, Part::All];
-
-/// A migration that stands still, to a destination that would run the guest.
-struct Standing {
-    send: Process,
-    receive: Receive,
-    held: Held,
-}
-
-impl Standing {
-    fn at(place: &Place, guest: &Guest, kind: u8, part: Part) -> Self {
-        let name = format!("there-{kind}-{part:?}");
-        let receive = Receive::start(place, &name, &["--resume"]);
-        let line = place.path(&format!("line-{kind}-{part:?}"));
-        let socket = place.path(&format!("{name}.socket"));
-        let held = hold(&line, socket, Point { kind, part });
-        let send = guest.send(&format!("unix:{}", line.display()), &[]);
-        let held = held.recv().unwrap();
-        Self {
-            send,
-            receive,
-            held,
-        }
-    }
-
-    fn kill_agent(self) -> Receive {
-        self.send.kill();
-        self.held.cut();
-        self.receive
-    }
-
-    /// What the agent said of it, and where the destination was.
-    fn kill_destination(mut self) -> (Ended, String) {
-        self.receive.process.take().unwrap().kill();
-        self.held.cut();
-        (self.send.end(), self.receive.address)
-    }
-}
 
 /// It never ran the guest.
 fn assert_refused(mut receive: Receive) {

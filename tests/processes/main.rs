@@ -4,6 +4,8 @@
 
 mod backends;
 mod bad_streams;
+#[path = "../../migrate/tests/common/certificates.rs"]
+mod certificates;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
@@ -11,6 +13,7 @@ mod convergence;
 mod cuts;
 mod demo;
 mod disk;
+mod ends;
 mod failures;
 mod harness;
 mod hops;
@@ -19,7 +22,10 @@ mod local;
 mod proxy;
 mod slowed;
 mod soak;
+mod steps;
 mod storms;
 #[cfg(feature = "tls")]
 mod tls;
 mod verify;
+mod way;
+mod ways;

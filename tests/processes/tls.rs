@@ -1,10 +1,6 @@
 //! With --tls both ends prove who they are, or no guest moves.
 
-#[path = "../../migrate/tests/common/certificates.rs"]
-mod certificates;
-
-use certificates::Authority;
-
+use crate::certificates::Authority;
 use crate::harness::*;
 use crate::proxy::*;
 
