@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::process::Resource;
+
 use crate::common::kvm;
 use crate::harness::*;
+use crate::way::*;
 
 /// A file system with less room than the guest has memory, and than its page tables alone take in a stream.
 struct Tiny(PathBuf);
@@ -79,17 +82,50 @@ fn a_destination_whose_memory_finds_no_room() {
     if !kvm() {
         return;
     }
-    for more in [&[][..], &["--resume"]] {
+    for (way, resume) in Way::all().flat_map(|way| [(way, false), (way, true)]) {
         let place = Place::new();
         let Some(_tiny) = Tiny::mount(&place) else {
             return;
         };
         let mut guest = Guest::start(&place, &[]);
-        let mut receive = Receive::start(&place, "tiny", more);
-        let sent = guest.send(&receive.address, &[]).end();
+        let mut more = way.receive(&place);
+        more.extend(resume.then(|| "--resume".into()));
+        let mut receive = Receive::start(&place, "tiny", &as_str(&more));
+        let sent = guest.send(&receive.address, &as_str(&way.send(&place)));
+        let sent = sent.end();
         let received = receive.wait_end();
         let reason = received.failed("failed", "ram.ram: No space left");
         let report = sent.failed("failed", "No space left");
+        assert_eq!(report["reason"], reason["reason"]);
+        guest.assert_runs();
+        guest.assert_migrates(&place);
+    }
+}
+
+/// Bytes of address space that a process has.
+fn address_space(process: &Process) -> u64 {
+    let pages = std::fs::read_to_string(format!("/proc/{}/statm", process.pid())).unwrap();
+    let pages: u64 = pages.split(' ').next().unwrap().parse().unwrap();
+    pages * 4096
+}
+
+#[test]
+fn a_destination_that_finds_no_memory() {
+    if !kvm() {
+        return;
+    }
+    for way in Way::all() {
+        let place = Place::new();
+        let mut guest = Guest::start(&place, &[]);
+        let mut receive = Receive::start(&place, "there", &as_str(&way.receive(&place)));
+        // Room for threads, and not for the guest.
+        let most = address_space(receive.process()) + (12 << 20);
+        receive.process().limit(Resource::As, most);
+        let sent = guest.send(&receive.address, &as_str(&way.send(&place)));
+        let sent = sent.end();
+        let received = receive.wait_end();
+        let reason = received.failed("failed", "Cannot allocate memory");
+        let report = sent.failed("failed", "Cannot allocate memory");
         assert_eq!(report["reason"], reason["reason"]);
         guest.assert_runs();
         guest.assert_migrates(&place);

@@ -8,6 +8,7 @@ use rustix::process::Signal;
 
 use crate::common::kvm;
 use crate::harness::*;
+use crate::way::*;
 
 /// Long enough to be broken off: 16M at so many bytes a second.
 const SLOWLY: [&str; 2] = ["--bandwidth-limit", "1M"];
@@ -57,16 +58,18 @@ fn a_destination_that_refuses_is_quoted() {
     if !kvm() {
         return;
     }
-    let place = Place::new();
-    let mut guest = Guest::start(&place, &[]);
-    let mut receive = Receive::start(&place, "there", &[]);
-    fs::create_dir(receive.ram_file()).unwrap();
-    let sent = guest.send(&receive.address, &[]).end();
-    let report = sent.failed("failed", "ram.ram: Is a directory");
-    let received = receive.wait_end().failed("failed", "ram.ram");
-    assert_eq!(report["reason"], received["reason"]);
-    guest.assert_runs();
-    guest.assert_migrates(&place);
+    for way in Way::all() {
+        let place = Place::new();
+        let mut guest = Guest::start(&place, &[]);
+        let mut receive = Receive::start(&place, "there", &as_str(&way.receive(&place)));
+        fs::create_dir(receive.ram_file()).unwrap();
+        let sent = guest.send(&receive.address, &as_str(&way.send(&place)));
+        let report = sent.end().failed("failed", "ram.ram: Is a directory");
+        let received = receive.wait_end().failed("failed", "ram.ram");
+        assert_eq!(report["reason"], received["reason"]);
+        guest.assert_runs();
+        guest.assert_migrates(&place);
+    }
 }
 
 #[test]
@@ -127,19 +130,20 @@ fn a_timeout_cancels() {
     if !kvm() {
         return;
     }
-    let place = Place::new();
-    let mut guest = Guest::start(&place, &[]);
-    let mut receive = Receive::start(&place, "there", &[]);
-    let limits = [
-        &SLOWLY[..],
-        &["--timeout", "300ms", "--on-timeout", "cancel"],
-    ]
-    .concat();
-    let sent = guest.send(&receive.address, &limits).end();
-    sent.failed("failed", "time limit of 300 ms");
-    receive.wait_end().failed("cancelled", "time limit");
-    guest.assert_runs();
-    guest.assert_migrates(&place);
+    for way in Way::all() {
+        let place = Place::new();
+        let mut guest = Guest::start(&place, &[]);
+        let mut receive = Receive::start(&place, "there", &as_str(&way.receive(&place)));
+        let mut limits = way.send(&place);
+        // Packed too.
+        limits.extend(["--bandwidth-limit", "64K"].map(String::from));
+        limits.extend(["--timeout", "300ms", "--on-timeout", "cancel"].map(String::from));
+        let sent = guest.send(&receive.address, &as_str(&limits)).end();
+        sent.failed("failed", "time limit of 300 ms");
+        receive.wait_end().failed("cancelled", "time limit");
+        guest.assert_runs();
+        guest.assert_migrates(&place);
+    }
 }
 
 #[test]
