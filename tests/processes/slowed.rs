@@ -1,4 +1,4 @@
-//! An agent that is killed while it slows the guest.
+//! A migration that fails while it slows the guest.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,6 +11,7 @@ use gleaner::service::{Attach, ServiceClient};
 
 use crate::common::kvm;
 use crate::harness::*;
+use crate::way::*;
 
 /// Names the guest's socket to the agent.
 const CONTROL: &str = "GLEANER_TEST_CONTROL";
@@ -54,21 +55,21 @@ fn moving(ram: &Path) -> f64 {
     f64::from(changes) / f64::from(LOOKS)
 }
 
+/// One that writes as fast as it can: one that is paced makes up for its rests.
+fn at_full_speed(place: &Place, more: &[&str]) -> Guest {
+    Guest::writing(place, "1000000000", more)
+}
+
 #[test]
 fn a_guest_whose_agent_is_killed_while_it_slows_it_is_at_full_speed_again() {
     if !kvm() {
         return;
     }
     let place = Place::new();
-    let (control, ram) = (place.arg("control"), place.path("ram"));
-    // As fast as it can: one that is paced makes up for its rests.
-    let ram_file = place.arg("ram");
-    let args = ["guest", "--control", &control, "--ram", RAM, "--ram-file"];
-    let mut guest = Process::start(&[&args[..], &[&*ram_file]].concat());
-    guest.says("guest runs");
+    let (mut guest, ram) = (at_full_speed(&place, &[]), place.path("ram"));
     let mut agent = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "slowed::agent", "--ignored"])
-        .env(CONTROL, &control)
+        .env(CONTROL, &guest.control)
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
@@ -81,5 +82,39 @@ fn a_guest_whose_agent_is_killed_while_it_slows_it_is_at_full_speed_again() {
     until("the guest is at full speed", || {
         (moving(&ram) > 0.6).then_some(())
     });
-    assert!(guest.runs());
+    assert!(guest.process.runs());
+}
+
+#[test]
+fn a_guest_whose_destination_is_killed_while_it_is_slowed_is_at_full_speed_again() {
+    if !kvm() {
+        return;
+    }
+    let way = Way {
+        compress: None,
+        ..Way::others().last().unwrap()
+    };
+    let place = Place::new();
+    let (mut guest, ram) = (
+        at_full_speed(&place, &["--workload", "hot:1M"]),
+        place.path("ram"),
+    );
+    let mut receive = Receive::start(&place, "there", &as_str(&way.receive(&place)));
+    let mut options = way.send(&place);
+    // Blocks that are plugged in alone take longer: it is slowed as far as can be, and rounds go on.
+    let limits = ["--bandwidth-limit", "8M", "--downtime-limit", "20ms"];
+    options.extend(["--throttle", "all"].map(String::from));
+    options.extend(limits.map(String::from));
+    let mut send = guest.send(&receive.address, &as_str(&options));
+    until("the guest is slowed", || {
+        assert!(send.runs(), "the migration has ended");
+        (moving(&ram) < 0.2).then_some(())
+    });
+    receive.process.take().unwrap().kill();
+    send.end().failed("failed", "has gone");
+    until("the guest is at full speed", || {
+        (moving(&ram) > 0.6).then_some(())
+    });
+    assert!(guest.process.runs());
+    guest.assert_migrates(&place);
 }
