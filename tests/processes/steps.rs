@@ -183,11 +183,16 @@ pub fn every(way: Way) -> Vec<(Step, Fault)> {
     cells.collect()
 }
 
-/// One for each kind of frame at each moment: its parts, connections and faults take turns.
+/// One for each kind of frame at each moment: its parts, connections and faults take turns. Ends that are asked for are
+/// walked in the first round alone: over a line that stands still each waits for the other end.
 pub fn some(way: Way, first: usize) -> Vec<(Step, Fault)> {
     let mut steps = BTreeMap::<_, Vec<_>>::new();
     for cell in every(way) {
-        let (Step { moment, spot }, _) = cell;
+        let (Step { moment, spot }, fault) = cell;
+        let asked_for = matches!(fault, Fault::CancelAgent | Fault::CancelDestination);
+        if asked_for && moment != Moment::FirstRound {
+            continue;
+        }
         steps
             .entry((moment, spot.point.kind))
             .or_default()

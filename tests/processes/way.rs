@@ -22,6 +22,24 @@ impl Way {
         compress: None,
     };
 
+    pub const CHANNELS: Self = Self {
+        channels: 3,
+        ..Self::PLAIN
+    };
+    pub const TLS: Self = Self {
+        tls: true,
+        ..Self::PLAIN
+    };
+    pub const PACKED: Self = Self {
+        compress: Some("lz4"),
+        ..Self::PLAIN
+    };
+    pub const TOGETHER: Self = Self {
+        channels: 3,
+        tls: true,
+        compress: Some("zstd"),
+    };
+
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
         std::iter::once(Self::PLAIN).chain(Self::others())
@@ -29,25 +47,9 @@ impl Way {
 
     /// All but the plain one. Those with TLS only where it is built in.
     pub fn others() -> impl Iterator<Item = Self> {
-        let channels = Self {
-            channels: 3,
-            ..Self::PLAIN
-        };
-        let tls = Self {
-            tls: true,
-            ..Self::PLAIN
-        };
-        let packed = Self {
-            compress: Some("lz4"),
-            ..Self::PLAIN
-        };
-        let all = Self {
-            channels: 3,
-            tls: true,
-            compress: Some("zstd"),
-        };
         let built_in = |way: &Self| !way.tls || cfg!(feature = "tls");
-        [channels, tls, packed, all].into_iter().filter(built_in)
+        let all = [Self::CHANNELS, Self::TLS, Self::PACKED, Self::TOGETHER];
+        all.into_iter().filter(built_in)
     }
 
     fn directory(place: &Place) -> PathBuf {

@@ -262,15 +262,33 @@ fn walk_all(way: Way, cells: Vec<(Step, Fault)>) {
 }
 
 #[test]
-fn whatever_fails_the_guest_is_at_one_place_and_moves_on_whole() {
-    if !kvm() {
-        return;
+fn over_several_connections_the_guest_is_at_one_place_whatever_fails() {
+    if kvm() {
+        walk_all(Way::CHANNELS, some(Way::CHANNELS, 0));
     }
-    std::thread::scope(|scope| {
-        for (first, way) in Way::others().enumerate() {
-            scope.spawn(move || walk_all(way, some(way, first)));
-        }
-    });
+}
+
+#[test]
+#[cfg(feature = "tls")]
+fn with_tls_the_guest_is_at_one_place_whatever_fails() {
+    if kvm() {
+        walk_all(Way::TLS, some(Way::TLS, 1));
+    }
+}
+
+#[test]
+fn packed_the_guest_is_at_one_place_whatever_fails() {
+    if kvm() {
+        walk_all(Way::PACKED, some(Way::PACKED, 2));
+    }
+}
+
+#[test]
+#[cfg(feature = "tls")]
+fn by_all_ways_together_the_guest_is_at_one_place_whatever_fails() {
+    if kvm() {
+        walk_all(Way::TOGETHER, some(Way::TOGETHER, 3));
+    }
 }
 
 #[test]
