@@ -9,6 +9,7 @@ pub mod allocations;
 mod bytes;
 pub mod layouts;
 pub mod migration_stream;
+pub mod qemu_stream;
 pub mod seeds;
 pub mod service;
 pub mod vcpu_state;
@@ -20,10 +21,11 @@ pub const MAX_INPUT: usize = 16 << 10;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     ("migration_stream", migration_stream::run),
     ("service", service::run),
     ("agent", agent::run),
     ("layouts", layouts::run),
     ("vcpu_state", vcpu_state::run),
+    ("qemu_stream", qemu_stream::run),
 ];

@@ -4,7 +4,7 @@
 
 use gleaner::service::Response;
 use gleaner::vmm::guest::VcpuState;
-use gleaner_fuzz::{agent, layouts, migration_stream, seeds, service};
+use gleaner_fuzz::{agent, layouts, migration_stream, qemu_stream, seeds, service};
 use gleaner_migrate::{Error, Received, Status};
 
 fn seed(target: &str, name: &str) -> Vec<u8> {
@@ -35,6 +35,27 @@ fn whole_streams_complete_and_failing_calls_end_them() {
         let reason = received.reason.unwrap();
         assert!(reason.contains(&format!("no {call} here")), "{reason}");
     }
+}
+
+#[test]
+fn streams_of_a_qemu_come_to_where_their_names_say() {
+    let received = |name| qemu_stream::receive(&seed("qemu_stream", name)).unwrap();
+    for name in ["completes", "without-devices", "with-marks"] {
+        let received = received(name);
+        assert_eq!(received.status, Status::Completed, "{name}: {received:?}");
+        assert_eq!((received.pages, received.zero_pages), (1, 1), "{name}");
+    }
+    let refused = |name| received(name).error.unwrap();
+    assert!(matches!(
+        refused("never-came"),
+        Error::NeverCame { page: 1, .. }
+    ));
+    assert!(matches!(
+        refused("delta-of-nothing"),
+        Error::QemuStream { .. }
+    ));
+    assert!(matches!(refused("ends-early"), Error::Truncated { .. }));
+    assert!(matches!(refused("claims-much"), Error::Destination { .. }));
 }
 
 #[test]

@@ -104,6 +104,11 @@ fn states_of_vcpus() {
     replay(TARGETS[4], 10_000);
 }
 
+#[test]
+fn streams_of_a_qemu() {
+    replay(TARGETS[5], 10_000);
+}
+
 /// After a change of a format: `cargo run --release -p gleaner-fuzz --example seed`.
 #[test]
 fn the_corpus_holds_what_the_encoders_make_now() {

@@ -3,6 +3,7 @@
 
 mod histories;
 mod protocol;
+mod qemu;
 mod streams;
 
 use crate::MAX_INPUT;
@@ -18,6 +19,7 @@ pub fn of(target: &str) -> Vec<Seed> {
         "service" => protocol::requests(),
         "agent" => protocol::answers(),
         "layouts" => histories::seeds(),
+        "qemu_stream" => qemu::seeds(),
         "vcpu_state" => vec![("fresh".into(), vcpu_state())],
         _ => Vec::new(),
     };

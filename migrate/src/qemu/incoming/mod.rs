@@ -151,6 +151,11 @@ impl<'a> QemuReceiver<'a> {
             meeting.end();
             ended
         });
+        // A file has no other end that could have gone.
+        let ended = ended.map_err(|error| match error {
+            Error::Closed { during } if stream.is_file() => Error::Truncated { during },
+            error => error,
+        });
         // Connections that failed because of another one have a lesser reason than the first.
         let ended = ended
             .map_err(|error| meeting.check().err().unwrap_or(error))
