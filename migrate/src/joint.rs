@@ -9,6 +9,7 @@ use crate::landing::Landing;
 use crate::newcomers::GREETING;
 use crate::pack::Unpacker;
 use crate::receiver::StreamPeer;
+use crate::threads;
 use crate::wire::{Join, MAX_CHANNELS, Message, VERSION};
 use crate::{
     CancelToken, Error, Listener, MigrationId, Outcome, Peer, ReceiverOptions, Result, Stream,
@@ -82,7 +83,7 @@ impl Joint {
         true
     }
 
-    fn fail(&self, number: u16, error: Error) {
+    pub(crate) fn fail(&self, number: u16, error: Error) {
         let mut state = self.lock();
         // What comes after the last page, or because of the end, is none.
         if !state.over && !self.landing.is_closed() {
@@ -143,12 +144,15 @@ fn greet<'scope>(
     };
     match peer.inlet.receive("awaiting a greeting", &waits)?.1 {
         Message::Join(Join { id: of, channel }) if of == id && joint.admit(channel, handle) => {
-            peer.answer(&Message::Welcome(VERSION))?;
-            scope.spawn(move || {
-                if let Err(error) = carry(&mut peer, joint) {
+            let work = move || {
+                let welcome = peer.answer(&Message::Welcome(VERSION));
+                if let Err(error) = welcome.and_then(|()| carry(&mut peer, joint)) {
                     joint.fail(channel, error);
                 }
-            });
+            };
+            if let Err(error) = threads::start(scope, work) {
+                joint.fail(channel, error);
+            }
             Ok(())
         }
         Message::Query(asked) => {

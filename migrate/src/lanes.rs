@@ -21,6 +21,7 @@ use crate::link::Failure;
 use crate::patience::TICK;
 use crate::supply::{Next, Supply};
 use crate::there::There;
+use crate::threads;
 use crate::{Channel, Error, LeaseId, Result};
 
 /// One of several connections, whatever it speaks.
@@ -101,14 +102,18 @@ impl<'a> Lanes<'a> {
             Self::One(lane) => return work(lane),
             Self::Many(lanes) => lanes,
         };
+        let limits = Arc::clone(&lanes[0].link.limits);
         std::thread::scope(|scope| {
             for (number, lane) in lanes.iter_mut().enumerate() {
                 let work = &work;
-                scope.spawn(move || {
+                let started = threads::start(scope, move || {
                     if let Err(error) = work(lane) {
                         fail(lane, number, error);
                     }
                 });
+                if let Err(error) = started {
+                    limits.failure.meet(error);
+                }
             }
         });
         told(lanes)
@@ -178,12 +183,15 @@ fn together(lanes: &mut [AnyLane], supply: &mut Supply<'_>, generation: Generati
     std::thread::scope(|scope| {
         for (number, lane) in lanes.iter_mut().enumerate() {
             let board = &board;
-            scope.spawn(move || {
+            let started = threads::start(scope, move || {
                 if let Err(error) = work(lane, board, generation, there) {
                     fail(lane, number, error);
                     board.over();
                 }
             });
+            if let Err(error) = started {
+                limits.failure.meet(error);
+            }
         }
         if let Err(error) = board.feed(supply, room, &limits.failure) {
             limits.failure.meet(error);

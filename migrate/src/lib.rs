@@ -80,6 +80,7 @@ mod stream;
 mod supply;
 mod switchover;
 mod there;
+mod threads;
 mod throttle;
 #[cfg(feature = "tls")]
 mod tls;

@@ -10,6 +10,7 @@ use crate::joint::{Joint, keep_the_door};
 use crate::newcomers::GREETING;
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::report::Received;
+use crate::threads;
 use crate::wire::{Inlet, MAX_CHANNELS, Message, Outlet, Patience, Payload};
 use crate::{
     CancelToken, Clock, Destination, Error, Listener, Outcomes, Peer, Reception, Result, Stream,
@@ -133,7 +134,10 @@ impl<'a> Receiver<'a> {
             let joint = &joint;
             let ended = peer.frames(&mut reception, joint, |id| {
                 if let Some(listener) = listener {
-                    scope.spawn(move || keep_the_door(scope, listener, id, joint));
+                    let door = move || keep_the_door(scope, listener, id, joint);
+                    if let Err(error) = threads::start(scope, door) {
+                        joint.fail(0, error);
+                    }
                 }
             });
             joint.end();

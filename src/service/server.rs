@@ -199,11 +199,15 @@ fn accept<F>(
                 }
             };
             let session = &session;
-            scope.spawn(move || {
+            let serve = move || {
                 if let Err(error) = connection(stream, session, ended, current) {
                     tracing::info!(%error, "agent");
                 }
-            });
+            };
+            // An agent comes again; a guest that its service has killed does not.
+            if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, serve) {
+                tracing::warn!(%error, "no thread for an agent");
+            }
         }
     });
 }

@@ -34,6 +34,7 @@ use super::packet;
 use super::record::{MAGIC, SHUT};
 use crate::patience::{LINGER, TICK};
 use crate::report::Status;
+use crate::threads;
 use crate::wire::{read_some, write};
 use crate::{CancelToken, Error, Listener, NewMemory, Result, Stream};
 
@@ -280,7 +281,7 @@ impl Around for Door<'_, '_, '_> {
             }
             for stream in came {
                 if let Some(number) = meeting.admit(&stream)? {
-                    scope.spawn(move || meeting.carry(number, &stream, ram));
+                    threads::start(scope, move || meeting.carry(number, &stream, ram))?;
                 }
             }
         }
