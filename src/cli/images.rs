@@ -12,11 +12,10 @@ use gleaner_migrate::{
     CancelToken, Error, Images, Listener, MappedMemory, NewMemory, QemuReceived, QemuReceiver,
     Result, Status,
 };
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
 
 use super::Failure;
 use super::output::Output;
+use crate::vmm::empty_ram_file;
 
 /// Receives from one QEMU into `dir`.
 pub fn receive(
@@ -72,9 +71,7 @@ impl Images for Directory {
     fn add_block(&mut self, name: &str, pages: u64) -> Result<NewMemory> {
         let path = self.path.join(format!("{}.ram", file_name(name)));
         let fail = |error: io::Error| failed(&path, &error);
-        let file = Self::create(&path).map_err(fail)?;
-        file.set_len(pages * PAGE_SIZE).map_err(fail)?;
-        reserve(&file, pages * PAGE_SIZE).map_err(fail)?;
+        let file = empty_ram_file(&path, pages * PAGE_SIZE).map_err(fail)?;
         let memory = MappedMemory::of_file(file, pages)?;
         Ok(NewMemory::zero(Arc::new(memory)))
     }
@@ -89,18 +86,6 @@ impl Images for Directory {
 
 fn failed(path: &Path, error: &io::Error) -> Error {
     Error::destination(format!("{}: {error}", path.display()))
-}
-
-/// Takes the room now: a disk that is full kills whoever writes to a mapping of it.
-fn reserve(file: &File, bytes: u64) -> io::Result<()> {
-    loop {
-        match fallocate(file, FallocateFlags::empty(), 0, bytes) {
-            Err(Errno::INTR) => {}
-            // A file system that can't promise room.
-            Ok(()) | Err(Errno::OPNOTSUPP) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
-    }
 }
 
 /// A block's name as a file's: every character that is not fit for one is its bytes in hexadecimal, so that no two names

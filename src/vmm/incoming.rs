@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Layout, PAGE_SIZE};
@@ -104,11 +104,7 @@ impl IncomingMachine {
             path: path.clone(),
             source,
         };
-        let file = lock_ram_file(&path).map_err(fail)?;
-        file.set_len(0)
-            .and_then(|()| file.set_len(bytes))
-            .map_err(fail)?;
-        reserve(&file, bytes).map_err(fail)?;
+        let file = empty_ram_file(&path, bytes).map_err(fail)?;
         Ok(Block::file(&info.name, file, bytes)?)
     }
 
@@ -172,6 +168,15 @@ impl IncomingMachine {
             vcpu.restore(&state.vcpus[index])
         })
     }
+}
+
+/// An empty file for the memory of a block, which nobody else has, with its room on the disk taken.
+pub(crate) fn empty_ram_file(path: &Path, bytes: u64) -> io::Result<File> {
+    let file = lock_ram_file(path)?;
+    file.set_len(0)?;
+    file.set_len(bytes)?;
+    reserve(&file, bytes)?;
+    Ok(file)
 }
 
 /// Takes the room of a file on its disk now: a guest that has come must not be killed, at the first write to a page that the

@@ -16,5 +16,7 @@ mod machine;
 mod vcpu;
 
 pub use backend::Backend;
+#[cfg(feature = "cli")]
+pub(crate) use incoming::empty_ram_file;
 pub use incoming::{IncomingMachine, OnComplete};
 pub use machine::{Machine, MachineConfig, MachineError, MachineStatus};

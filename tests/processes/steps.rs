@@ -95,7 +95,7 @@ impl Step {
         let mut options = vec!["--bandwidth-limit", "64M"];
         if self.moment >= Moment::BetweenRounds {
             // The first round ends before its first page, so the last one has them all.
-            options.extend(["--timeout", "0ms", "--on-timeout", "switchover"]);
+            options.extend(["--timeout", "1ms", "--on-timeout", "switchover"]);
         }
         if self.moment == Moment::Comparing {
             options.push("--verify");
