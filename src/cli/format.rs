@@ -11,7 +11,7 @@ pub struct FormatOptions {
     #[arg(long, value_enum, default_value_t = Written::Native)]
     pub format: Written,
     /// The QEMU's machine, with its version: none, pc-i440fx-7.2. None unless given.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub machine: Option<String>,
     /// The QEMU's version, which matters where --channels asks for multifd: 7.2 is any before 8.1, 9 any from 8.1 on. The
     /// default is 9, because an older one refuses that at once, while a newer one may take 7.2 and miss pages.
@@ -32,10 +32,10 @@ pub enum Written {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum QemuVersion {
     /// Before 8.1.
-    #[value(name = "7.2")]
+    #[value(name = "7.2", alias = "8.0")]
     Before,
     /// From 8.1 on.
-    #[value(name = "9")]
+    #[value(name = "9", alias = "8.1", alias = "8.2")]
     Nine,
     /// As 9.
     #[value(name = "10")]

@@ -98,6 +98,10 @@ fn describes(text: &[u8], mut sections: &[u8]) -> bool {
     let Ok(description) = serde_json::from_slice::<Description>(text) else {
         return false;
     };
+    if description.devices.is_empty() {
+        // It would describe anything.
+        return false;
+    }
     for device in &description.devices {
         let Ok(length) = u8::try_from(device.name.len()) else {
             return false;
@@ -182,7 +186,7 @@ mod tests {
     fn what_a_guest_puts_into_a_device_is_not_the_end() {
         let false_end = |text: &str| [&[FOOTER, 0, 0, 0, 1], &end(text)[..]].concat();
         let other = devices(&["another"]);
-        for text in ["{}", "{\"devices\":0}", &other] {
+        for text in ["{}", "{\"devices\":0}", "{\"devices\":[]}", &other] {
             let planted = section(1, "cpu", &false_end(text));
             let cut = planted.len() - 5; // just behind what was planted
             let all = [planted, end(&devices(&["cpu"]))].concat();
