@@ -455,6 +455,35 @@ fn a_connection_that_breaks_off_is_told_and_the_source_hears_of_it() {
 }
 
 #[test]
+fn pages_that_no_sync_stands_behind_are_not_taken_for_whole() {
+    let (received, kept) = over_multifd(1, |lines| {
+        // So little fits that what is written has been read, but for the last few bytes.
+        rustix::net::sockopt::set_socket_send_buffer_size(&lines.others[0], 1).unwrap();
+        lines.others[0]
+            .write_all(&packet(SYNC, &[], &[], 0))
+            .unwrap();
+        let begun = Written::begun().mark().end_of_section();
+        lines.main.write_all(&begun.bytes).unwrap();
+        assert_eq!(&lines.answer(), PONG);
+        let round = packet(SYNC, &[0, 2], &[1], 5);
+        lines.others[0].write_all(&round).unwrap();
+        let mark = Written::default().part().mark().end_of_section();
+        lines.main.write_all(&mark.bytes).unwrap();
+        // All pages have come and met. One comes again, and half of another.
+        let again = &packet(0, &[0, 1, 2], &[], 6)[..12_000];
+        lines.others[0].write_all(again).unwrap();
+        let last = Written::default()
+            .last()
+            .put(b"\0\0\0\0\0\0\0\x02\x03rom\0");
+        let last = last.end_of_section().devices();
+        lines.main.write_all(&last.bytes).unwrap();
+        assert_eq!(&lines.answer(), b"\0\x01\0\x04\0\0\0\x01");
+    });
+    assert_eq!(received.status, Status::Failed);
+    assert_eq!(kept.device_state, None);
+}
+
+#[test]
 fn packets_that_lie_are_refused_in_words() {
     let change = |at: usize, to: u8| {
         let mut bytes = packet(0, &[0], &[], 1);

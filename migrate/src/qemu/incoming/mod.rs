@@ -161,6 +161,7 @@ impl<'a> QemuReceiver<'a> {
         let ended = ended
             .map_err(|error| meeting.check().err().unwrap_or(error))
             .and_then(|()| meeting.check())
+            .and_then(|()| meeting.check_met())
             .and_then(|()| ram.get().map_or(Ok(()), Ram::check_all_came))
             .and_then(|()| self.images.complete(&read.device_state));
         if read.answers && !stream.is_file() {

@@ -52,6 +52,8 @@ struct Connection {
     channel: u8,
     stream: Stream,
     syncs: u64,
+    /// Pages have come that no SYNC stands behind: they may be half here.
+    unmet: bool,
     open: bool,
 }
 
@@ -63,6 +65,20 @@ impl Meeting {
     /// Fails if a connection has.
     pub(super) fn check(&self) -> Result<()> {
         self.lock().failed.take().map_or(Ok(()), Err)
+    }
+
+    /// All has ended: fails if pages of a connection may be half here.
+    pub(super) fn check_met(&self) -> Result<()> {
+        let state = self.lock();
+        match state.connections.iter().find(|each| each.unmet) {
+            None => Ok(()),
+            Some(each) => Err(Error::QemuStream {
+                problem: format!(
+                    "connection {} of multifd did not end with a SYNC",
+                    each.channel
+                ),
+            }),
+        }
     }
 
     /// Connections that came.
@@ -109,6 +125,7 @@ impl Meeting {
             channel: hello.channel,
             stream,
             syncs: 0,
+            unmet: false,
             open: true,
         });
         Ok(number)
@@ -149,6 +166,7 @@ impl Meeting {
     fn sync(&self, number: usize) -> bool {
         let mut state = self.lock();
         state.connections[number].syncs += 1;
+        state.connections[number].unmet = false;
         self.changed.notify_all();
         while state.marks < state.connections[number].syncs && !state.over {
             state = self
@@ -202,6 +220,7 @@ impl Meeting {
             read(stream, &mut bytes[1..], DURING, patience)?;
             let packet = Packet::parse(&bytes)?;
             if !packet.offsets.is_empty() {
+                self.lock().connections[number].unmet = true;
                 let block = ram.block(&packet.block)?;
                 let places = packet
                     .offsets
