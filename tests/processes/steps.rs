@@ -121,6 +121,11 @@ impl Step {
         faults
     }
 
+    /// Nothing of the migration has come to the destination.
+    pub fn is_before_hello(self) -> bool {
+        self.spot.point.kind == HELLO && self.spot.point.part == Part::Nothing
+    }
+
     /// GO has not got through, or not all of it.
     fn way_back(self) -> bool {
         let Point { kind, part } = self.spot.point;

@@ -180,13 +180,13 @@ fn walk(way: Way, step: Step, fault: Fault) -> String {
         }
     }
     if let Some(sent) = &sent {
-        assert_named(sent, fault, found);
+        assert_named(sent, step, fault, found);
     }
     reason
 }
 
 /// The agent says what happened.
-fn assert_named(sent: &Ended, fault: Fault, found: Guests) {
+fn assert_named(sent: &Ended, step: Step, fault: Fault, found: Guests) {
     let report = sent.json();
     let why = match (fault, found) {
         _ if sent.code == Some(0) => return,
@@ -198,6 +198,9 @@ fn assert_named(sent: &Ended, fault: Fault, found: Guests) {
     // The first one broke, and one that joins hears so from a destination that awaits a migration again.
     let broken = reason.ends_with("this connection is of no migration that is under way here");
     let named = broken && [Fault::Cut, Fault::CutOne(0)].contains(&fault);
+    // Nobody had said hello to it, so it may know of nothing to call off.
+    let unheard = fault == Fault::CancelDestination && step.is_before_hello();
+    let named = named || (unheard && reason.ends_with("has gone"));
     assert!(named || reason.contains(&why), "{why:?} is not in {sent:?}");
 }
 
