@@ -60,10 +60,14 @@ impl<C: Channel + ?Sized> Lane<C> {
         let applied = Applied::default();
         let packer = self.packer.as_deref_mut();
         let mut batch = Batch::new(generation, there, packer, applied.clone(), most);
+        let before = self.link.bytes();
         let sent = send_parts(&mut self.link, job, &mut batch);
-        self.tally += batch.tally;
+        let tally = batch.tally;
+        self.tally += tally;
         sent?;
         let sync = self.link.send(&Message::Sync, &Payload::None)?;
+        let bytes = self.link.bytes().saturating_sub(before);
+        self.link.limits.totals.add(tally.pages, tally.zeros, bytes);
         self.in_flight.push_back(InFlight {
             lease: job.lease,
             sync,

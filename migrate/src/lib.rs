@@ -84,6 +84,7 @@ mod threads;
 mod throttle;
 #[cfg(feature = "tls")]
 mod tls;
+mod tuning;
 pub mod units;
 mod verify;
 mod watch;
@@ -117,4 +118,5 @@ pub use stream::Stream;
 pub use throttle::{Throttle, Throttles};
 #[cfg(feature = "tls")]
 pub use tls::{TlsClient, TlsServer, TlsStream};
+pub use tuning::Tuning;
 pub use watch::{OnTick, Tick};

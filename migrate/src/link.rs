@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::channel::WAITING;
 use crate::patience::{CancelToken, TICK};
+use crate::watch::Totals;
 use crate::wire::{Message, Payload};
-use crate::{Channel, Clock, Error, Result};
+use crate::{Channel, Clock, Error, Result, Tuning};
 
 /// How long a half-written frame may go on after a cancellation: only whole frames leave room for the reason.
 const GRACE: Duration = Duration::from_secs(1);
@@ -24,6 +25,7 @@ pub(crate) struct Limits {
     pub(crate) committed: AtomicBool,
     pub(crate) failure: Failure,
     pub(crate) pace: Pace,
+    pub(crate) totals: Totals,
 }
 
 /// What ended the work of several connections, or of what supplies them. Whatever else fails fails because of this.
@@ -57,23 +59,22 @@ impl Failure {
 
 /// A bandwidth limit, for all connections together.
 pub(crate) struct Pace {
-    /// Bytes a second.
-    limit: Option<u64>,
+    tuning: Tuning,
     /// Not before then is the next frame due.
     due: Mutex<Instant>,
 }
 
 impl Pace {
-    pub(crate) fn new(limit: Option<u64>, now: Instant) -> Self {
+    pub(crate) fn new(tuning: Tuning, now: Instant) -> Self {
         Self {
-            limit,
+            tuning,
             due: Mutex::new(now),
         }
     }
 
     /// Takes the next place in the row, for `bytes` bytes: when it is due, if it is not at once.
     fn reserve(&self, now: Instant, bytes: u64) -> Option<Instant> {
-        let limit = self.limit?.max(1);
+        let limit = self.tuning.bandwidth_limit()?;
         let time = Duration::from_secs_f64(bytes as f64 / limit as f64);
         let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = (*due).max(now);
@@ -108,7 +109,7 @@ impl Limits {
     /// Bytes of page contents that a frame may have, so that a bandwidth limit is kept smoothly.
     pub(crate) fn frame_bytes(&self) -> u64 {
         const MOST: u64 = 4 << 20;
-        let limit = self.pace.limit;
+        let limit = self.pace.tuning.bandwidth_limit();
         limit.map_or(MOST, |limit| (limit / 20).clamp(4096, MOST))
     }
 }
@@ -330,7 +331,8 @@ mod tests {
             silence: Duration::from_secs(30),
             committed: AtomicBool::new(false),
             failure: Failure::default(),
-            pace: Pace::new(None, now),
+            pace: Pace::new(Tuning::default(), now),
+            totals: Totals::default(),
         };
         Link::new(Said(said.iter().cloned().collect()), Arc::new(limits))
     }
@@ -359,7 +361,9 @@ mod tests {
     #[test]
     fn a_limit_is_kept_whoever_takes_the_next_place() {
         let now = Instant::now();
-        let pace = Pace::new(Some(1000), now);
+        let tuning = Tuning::default();
+        tuning.limit_bandwidth(Some(1000));
+        let pace = Pace::new(tuning, now);
         let places: Vec<_> = [500, 250, 250].map(|n| pace.reserve(now, n)).to_vec();
         let after = |ms| Some(now + Duration::from_millis(ms));
         assert_eq!(places, [after(0), after(500), after(750)]);

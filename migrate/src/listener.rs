@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use rustix::net::sockopt;
 
-use crate::newcomers::Newcomers;
+use crate::newcomers::{self, Newcomers};
 use crate::{Address, CancelToken, Error, Result, Stream, raw};
 #[cfg(feature = "tls")]
 use crate::{TlsServer, tls::Handshakes};
@@ -163,6 +163,17 @@ impl Listener {
             return self.take().map(Some);
         };
         self.newcomers.next(waiting, &|| self.take(), cancel, end)
+    }
+
+    /// As [`Listener::accept`], until `cancel` is used: for a protocol in which whoever listens speaks first.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; those of [`Listener::accept`].
+    pub fn accept_to_greet(&self, cancel: &CancelToken) -> Result<Stream> {
+        if let Some(waiting) = self.waiting() {
+            newcomers::wait(waiting, cancel)?;
+        }
+        self.accept()
     }
 
     /// What is ready when a connection has come, where one has to come.

@@ -50,6 +50,27 @@ impl Newcomers {
     }
 }
 
+/// Returns when `listening` has a connection.
+pub(crate) fn wait(listening: BorrowedFd<'_>, cancel: &CancelToken) -> Result<()> {
+    let tick = Timespec {
+        tv_sec: 0,
+        tv_nsec: TICK.subsec_nanos().into(),
+    };
+    loop {
+        let mut fds = [PollFd::from_borrowed_fd(listening, PollFlags::IN)];
+        match poll(&mut fds, Some(&tick)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(cause) => return Err(Error::io("await a connection", cause.into())),
+        }
+        if cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        if !fds[0].revents().is_empty() {
+            return Ok(());
+        }
+    }
+}
+
 fn next(
     here: &mut Vec<Newcomer>,
     listening: BorrowedFd<'_>,

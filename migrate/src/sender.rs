@@ -35,11 +35,11 @@ use crate::policy::{Decision, Goal, History, OnTimeout, ThrottleGoal, Verdict};
 use crate::qemu::{self, QemuChannel};
 use crate::supply::Supply;
 use crate::there::There;
-use crate::watch::Watch;
+use crate::watch::{Totals, Watch};
 use crate::wire::{Hello, Join, MAX_CHANNELS, Message, Payload, VERSION};
 use crate::{
     Address, CancelToken, Channel, Clock, Compress, Connector, Error, Format, MigrationId, OnTick,
-    Progress, Report, Result, Source, Status, Stream, Throttle, Throttles,
+    Progress, Report, Result, Source, Status, Stream, Throttle, Throttles, Tuning,
 };
 
 /// Why memory can't be handed over where descriptors can't go along.
@@ -56,8 +56,8 @@ pub struct SenderOptions {
     pub id: MigrationId,
     /// Names the source, for the people at the destination.
     pub name: String,
-    /// The most downtime that a switchover is begun with. 300 ms.
-    pub downtime_limit: Duration,
+    /// What it may take of downtime, and of the link: 300 ms, all of it. It may change on the way.
+    pub tuning: Tuning,
     /// The most time in total. None.
     pub timeout: Option<Duration>,
     /// What happens when it is over; a round under way is cut short for it. Cancel.
@@ -78,8 +78,6 @@ pub struct SenderOptions {
     /// To a destination on this host, over one Unix socket: it goes on with the source's own memory, of which nothing is
     /// sent. No.
     pub local: bool,
-    /// The most bytes a second, all connections together. No limit.
-    pub bandwidth_limit: Option<u64>,
     /// How long the destination may be silent when it is its turn. 30 s.
     pub io_timeout: Duration,
     /// Calls it off.
@@ -103,7 +101,7 @@ impl SenderOptions {
         Self {
             id,
             name: String::new(),
-            downtime_limit: Duration::from_millis(300),
+            tuning: Tuning::default(),
             timeout: None,
             on_timeout: OnTimeout::default(),
             throttle: ThrottleGoal::default(),
@@ -112,7 +110,6 @@ impl SenderOptions {
             verify: false,
             compress: Compress::None,
             local: false,
-            bandwidth_limit: None,
             io_timeout: Duration::from_secs(30),
             cancel: CancelToken::new(),
             clock: Clock::real(),
@@ -309,7 +306,8 @@ impl<'a> Sender<'a> {
             silence: options.io_timeout,
             committed: AtomicBool::new(false),
             failure: Failure::default(),
-            pace: Pace::new(options.bandwidth_limit, now),
+            pace: Pace::new(options.tuning.clone(), now),
+            totals: Totals::default(),
         })
     }
 }
@@ -326,6 +324,7 @@ pub(crate) struct Session<'a> {
     pub(crate) verify: bool,
     throttle: ThrottleGoal,
     pub(crate) goal: Goal,
+    tuning: Tuning,
     pub(crate) hold: Option<Hold>,
     held_back: &'static str,
     pub(crate) on_progress: Option<OnProgress>,
@@ -335,14 +334,15 @@ pub(crate) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(source: &'a mut dyn Source, options: SenderOptions, lanes: Lanes<'a>) -> Self {
+    fn new(source: &'a mut dyn Source, options: SenderOptions, mut lanes: Lanes<'a>) -> Self {
         let start = options.clock.now();
         // Of one that ends the migration the links know.
         let end = options
             .timeout
             .filter(|_| options.on_timeout == OnTimeout::Switchover)
             .and_then(|limit| start.checked_add(limit));
-        let watch = Watch::new(options.clock.clone(), end, options.on_tick);
+        let totals = lanes.lead().link.limits.totals.clone();
+        let watch = Watch::new(options.clock.clone(), end, totals, options.on_tick);
         Self {
             supply: Supply::new(source, options.channels.into(), watch),
             lanes,
@@ -357,12 +357,13 @@ impl<'a> Session<'a> {
             verify: options.verify,
             throttle: options.throttle,
             goal: Goal {
-                downtime_limit: options.downtime_limit,
+                downtime_limit: options.tuning.downtime_limit(),
                 timeout: options.timeout,
                 on_timeout: options.on_timeout,
                 throttle: Throttles::Nothing,
                 held: None,
             },
+            tuning: options.tuning,
             hold: options.hold,
             held_back: options.held_back,
             on_progress: options.on_progress,
@@ -521,6 +522,7 @@ impl<'a> Session<'a> {
     pub(crate) fn decide(&mut self) -> Decision {
         let held = self.hold.as_mut().is_some_and(|may| !may());
         self.goal.held = held.then_some(self.held_back);
+        self.goal.downtime_limit = self.tuning.downtime_limit();
         self.history.elapsed = self.clock.since(self.start);
         crate::policy::decide(&self.history, &self.goal)
     }

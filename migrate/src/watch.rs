@@ -1,5 +1,7 @@
 //! What is looked at while a round is under way.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::Clock;
@@ -13,6 +15,32 @@ pub struct Tick {
     pub left_pages: u64,
     /// Pages sent a second, those of zeros included, since it began.
     pub pages_per_second: f64,
+    /// Pages sent with their contents since the migration began.
+    pub pages_sent: u64,
+    /// Pages of zeros since then.
+    pub zero_pages: u64,
+    /// Bytes written to the stream since then.
+    pub bytes_on_wire: u64,
+}
+
+/// What a migration has sent so far, over all connections. Clones share it.
+#[derive(Clone, Default)]
+pub(crate) struct Totals(Arc<Sums>);
+
+#[derive(Default)]
+struct Sums {
+    pages: AtomicU64,
+    zeros: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Totals {
+    /// So much more was sent.
+    pub(crate) fn add(&self, pages: u64, zeros: u64, bytes: u64) {
+        self.0.pages.fetch_add(pages, Ordering::Relaxed);
+        self.0.zeros.fetch_add(zeros, Ordering::Relaxed);
+        self.0.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
 }
 
 /// Told how far a round is.
@@ -26,6 +54,7 @@ pub(crate) struct Watch {
     clock: Clock,
     /// When the guest is to be stopped, whatever is left.
     end: Option<Instant>,
+    totals: Totals,
     on_tick: Option<OnTick>,
     round: u32,
     began: Instant,
@@ -33,11 +62,17 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(clock: Clock, end: Option<Instant>, on_tick: Option<OnTick>) -> Self {
+    pub(crate) fn new(
+        clock: Clock,
+        end: Option<Instant>,
+        totals: Totals,
+        on_tick: Option<OnTick>,
+    ) -> Self {
         let now = clock.now();
         Self {
             clock,
             end,
+            totals,
             on_tick,
             round: 0,
             began: now,
@@ -67,10 +102,14 @@ impl Watch {
         }
         self.told = self.clock.now();
         let seconds = self.clock.since(self.began).as_secs_f64();
+        let sums = &self.totals.0;
         on_tick(&Tick {
             round: self.round,
             left_pages: left,
             pages_per_second: taken as f64 / seconds.max(1e-6),
+            pages_sent: sums.pages.load(Ordering::Relaxed),
+            zero_pages: sums.zeros.load(Ordering::Relaxed),
+            bytes_on_wire: sums.bytes.load(Ordering::Relaxed),
         });
     }
 }

@@ -153,7 +153,7 @@ fn pages_take_the_time_that_the_bandwidth_leaves_them() {
         let mut place = ToyDestination::default();
         let mut wire = MemoryWire::new(&mut place, receiver);
         if limited {
-            options.bandwidth_limit = Some(1 << 20);
+            options.tuning.limit_bandwidth(Some(1 << 20));
         } else {
             wire = wire.bandwidth(1 << 20);
         }

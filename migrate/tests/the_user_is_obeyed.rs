@@ -27,7 +27,7 @@ fn cancelled_in_the_middle_the_guest_runs_on() {
     let seen = rounds.clone();
     options.hold = Some(Box::new(|| false));
     // However slow the machine: nothing but the hold keeps the guest here.
-    options.downtime_limit = Duration::from_secs(3600);
+    options.tuning.limit_downtime(Duration::from_secs(3600));
     options.on_progress = Some(Box::new(move |progress| {
         *seen.lock().unwrap() += 1;
         assert!(progress.reason.starts_with("the switchover is held back"));
@@ -85,7 +85,7 @@ fn the_time_limit_cancels_or_switches_over() {
     ] {
         let source = ToySource::scripted(500, busy);
         let mut options = options();
-        options.downtime_limit = Duration::ZERO;
+        options.tuning.limit_downtime(Duration::ZERO);
         options.timeout = Some(Duration::from_millis(200));
         options.on_timeout = on_timeout;
         let (near, far) = pair();
@@ -109,8 +109,8 @@ const SLOW: u64 = 1 << 20;
 fn a_round_is_cut_short_when_it_is_time_to_switch_over() {
     let source = ToySource::scripted(10_000, busy); // three leases
     let mut options = options();
-    options.downtime_limit = Duration::ZERO;
-    options.bandwidth_limit = Some(32 * SLOW);
+    options.tuning.limit_downtime(Duration::ZERO);
+    options.tuning.limit_bandwidth(Some(32 * SLOW));
     options.timeout = Some(Duration::from_millis(100));
     options.on_timeout = OnTimeout::Switchover;
     let (near, far) = pair();
@@ -137,8 +137,8 @@ fn a_guest_faster_than_the_link_is_throttled_and_let_go_again() {
         let cancel = options.cancel.clone();
         let guest = source.clone();
         options.throttle = goal;
-        options.downtime_limit = Duration::from_millis(50);
-        options.bandwidth_limit = Some(16 * SLOW); // 120 ms for all pages
+        options.tuning.limit_downtime(Duration::from_millis(50));
+        options.tuning.limit_bandwidth(Some(16 * SLOW)); // 120 ms for all pages
         options.timeout = Some(Duration::from_secs(30));
         options.on_progress = Some(Box::new(move |progress| {
             let throttle = guest.guest().throttle;
@@ -171,13 +171,34 @@ fn a_guest_faster_than_the_link_is_throttled_and_let_go_again() {
 fn the_bandwidth_limit_is_kept() {
     let source = ToySource::new(300); // 100 pages with contents: 400 KiB
     let mut options = options();
-    options.bandwidth_limit = Some(SLOW);
+    options.tuning.limit_bandwidth(Some(SLOW));
     let (near, far) = pair();
     let place = ToyDestination::default();
     let start = Instant::now();
     let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
     assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
     assert!(start.elapsed() >= Duration::from_millis(330), "{report:?}");
+    assert_same(&source, &place);
+}
+
+#[test]
+fn limits_that_change_on_the_way_are_obeyed() {
+    let source = ToySource::scripted(4_000, busy);
+    let mut options = options();
+    let tuning = options.tuning.clone();
+    // As it is, it would last for hours, and never end.
+    tuning.limit_downtime(Duration::ZERO);
+    tuning.limit_bandwidth(Some(SLOW));
+    options.on_tick = Some(Box::new(move |tick| {
+        assert!(tick.pages_sent > 0 && tick.bytes_on_wire > tick.pages_sent * 4096);
+        tuning.limit_bandwidth(None);
+        tuning.limit_downtime(Duration::from_secs(3600));
+    }));
+    options.timeout = Some(Duration::from_secs(60));
+    let (near, far) = pair();
+    let place = ToyDestination::default();
+    let (report, _) = migrate(&source, &place, options, receiver_options(), near, far);
+    assert_eq!(report.status, Status::Completed, "{:?}", report.reason);
     assert_same(&source, &place);
 }
 

@@ -23,19 +23,19 @@ pub fn run(
     output: Output,
 ) -> Result<ExitCode, Failure> {
     let goal = Goal {
-        downtime_limit: options.downtime_limit,
+        downtime_limit: options.tuning.downtime_limit(),
         timeout: options.timeout,
         on_timeout: options.on_timeout,
         throttle: Throttles::Nothing,
         held: None,
     };
-    let bandwidth = options.bandwidth_limit.unwrap_or(BANDWIDTH);
+    let bandwidth = options.tuning.bandwidth_limit().unwrap_or(BANDWIDTH);
     let found = dry_run(source, goal, options.throttle, bandwidth, &options.cancel)
         .map_err(output.failure())?;
     let mut object = json!({
         "status": "dry-run",
         "verdict": if found.converges { "converges" } else { "does-not-converge" },
-        "bandwidth_assumed": options.bandwidth_limit.is_none(),
+        "bandwidth_assumed": options.tuning.bandwidth_limit().is_none(),
         "pages_sent": 0,
         "bytes_on_wire": 0,
     });
@@ -48,7 +48,9 @@ pub fn run(
         }
         trace.line("end", &object);
     }
-    output.result(&object, || told(&found, options.bandwidth_limit.is_none()));
+    output.result(&object, || {
+        told(&found, options.tuning.bandwidth_limit().is_none())
+    });
     Ok(ExitCode::SUCCESS)
 }
 

@@ -243,7 +243,6 @@ impl MigrationOptions {
                 Packing::Lz4 => Compress::Lz4,
                 Packing::Zstd => Compress::Zstd,
             },
-            downtime_limit: self.downtime_limit,
             timeout: self.timeout,
             on_timeout: match self.on_timeout {
                 AtTimeout::Cancel => OnTimeout::Cancel,
@@ -255,10 +254,11 @@ impl MigrationOptions {
                 Slow::All => ThrottleGoal::All,
                 Slow::Writers => ThrottleGoal::Writers,
             },
-            bandwidth_limit: self.bandwidth_limit,
             cancel,
             ..SenderOptions::new(id)
         };
+        options.tuning.limit_downtime(self.downtime_limit);
+        options.tuning.limit_bandwidth(self.bandwidth_limit);
         if let Some(trace) = trace {
             trace.start(id, &options);
         }

@@ -122,6 +122,9 @@ mod tests {
             round: 2,
             left_pages: 512,
             pages_per_second: 25_600.0,
+            pages_sent: 0,
+            zero_pages: 0,
+            bytes_on_wire: 0,
         };
         assert_eq!(
             tick(&under_way),

@@ -49,9 +49,9 @@ impl Trace {
             "gleaner": env!("CARGO_PKG_VERSION"),
             "migration_id": id.to_string(),
             "page_size": PAGE_SIZE,
-            "downtime_limit_ms": millis(options.downtime_limit),
+            "downtime_limit_ms": millis(options.tuning.downtime_limit()),
             "timeout_ms": options.timeout.map(millis),
-            "bandwidth_limit": options.bandwidth_limit,
+            "bandwidth_limit": options.tuning.bandwidth_limit(),
             "channels": options.channels,
         });
         self.line("start", &start);

@@ -98,7 +98,7 @@ fn text(name: String, codec: Compress, plan: &Plan) -> Result<Row> {
     let run = |compress| {
         let (report, took) = migrate(&from, &to, false, Line::ONE, |options| {
             options.compress = compress;
-            options.bandwidth_limit = Some(LINK);
+            options.tuning.limit_bandwidth(Some(LINK));
         })?;
         if compress != Compress::None {
             wire.set(report.bytes_on_wire);
