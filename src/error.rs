@@ -196,6 +196,11 @@ pub enum Error {
     /// Somebody throttles the guest already.
     #[error("the guest is throttled already, by somebody else")]
     AlreadyThrottled,
+    /// It is not known which vCPU writes, so none can be held to a limit of its own.
+    #[error(
+        "which vCPU dirties memory is known with dirty rings alone: track with --tracking ring"
+    )]
+    NoWriters,
     /// The service's socket can't be used.
     #[error("service socket {path}: {source}")]
     Socket {

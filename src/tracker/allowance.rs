@@ -8,6 +8,9 @@ use super::throttle::SLICE;
 
 /// A vCPU that has dirtied less than it may keeps that for so long.
 const KEPT: Duration = Duration::from_millis(100);
+/// One that has dirtied more than it may owes no more than so long: what it has dirtied is known late, where rings fill
+/// slowly.
+const OWED: Duration = Duration::from_secs(10);
 /// The longest rest: with a slice between two, 99 % of the time.
 const LONGEST: u32 = 99;
 
@@ -19,22 +22,22 @@ pub(super) struct Allowances {
 }
 
 impl Allowances {
-    /// vCPUs have dirtied so many pages in all, by their ids: which have to rest, and until when. What they dirtied under
-    /// another order is no debt under this one.
+    /// vCPUs have dirtied so many pages in all, by their ids: which have to rest, and until when, so that each comes to its
+    /// rate in pages a second, if it has one. What they dirtied under another order is no debt under this one.
     #[allow(clippy::cast_precision_loss)] // pages a second
     pub(super) fn look(
         &mut self,
         order: u64,
         dirtied: &[(u64, u64)],
         now: Instant,
-        pages_per_second: NonZeroU64,
+        rate: &dyn Fn(u64) -> Option<NonZeroU64>,
     ) -> Vec<(u64, Instant)> {
         if self.order != order {
             self.order = order;
             self.by_vcpu.clear();
         }
-        let rate = pages_per_second.get() as f64;
         let rests = dirtied.iter().filter_map(|&(vcpu, pages)| {
+            let rate = rate(vcpu)?.get() as f64;
             let allowance = self.by_vcpu.entry(vcpu);
             let allowance = allowance.or_insert_with(|| Allowance::new(pages, now));
             Some((vcpu, allowance.look(pages, now, rate)?))
@@ -72,14 +75,15 @@ impl Allowance {
         let time = now.saturating_duration_since(self.at).as_secs_f64();
         let pages = dirtied.saturating_sub(self.dirtied) as f64;
         let most = rate * KEPT.as_secs_f64();
-        let least = -rate * (SLICE * LONGEST).as_secs_f64();
+        let least = -rate * OWED.as_secs_f64();
         self.left = (self.left + time * rate).min(most) - pages;
         self.left = self.left.max(least);
         (self.dirtied, self.at) = (dirtied, now);
         if self.left >= 0.0 || now < self.runs_until {
             return None;
         }
-        let until = now + Duration::from_secs_f64(-self.left / rate);
+        let owed = Duration::from_secs_f64(-self.left / rate);
+        let until = now + owed.min(SLICE * LONGEST);
         self.runs_until = until + SLICE;
         Some(until)
     }
@@ -89,12 +93,14 @@ impl Allowance {
 mod tests {
     use super::*;
 
-    /// A vCPU that dirties `speed` pages a second whenever it does not rest; what it came to, and its share of rest.
-    fn run(speed: f64, rate: f64) -> (f64, f64) {
+    /// A vCPU that dirties `speed` pages a second whenever it does not rest, of which is known every `known` slices; what
+    /// it came to, and its share of rest.
+    fn run_known(speed: f64, rate: f64, known: u32) -> (f64, f64) {
         const SECONDS: u32 = 60;
         let start = Instant::now();
         let mut allowance = Allowance::new(7, start);
         let (mut dirtied, mut rested, mut until) = (7.0, 0u32, start);
+        let mut seen = dirtied;
         let slices = SECONDS * 100;
         for n in 1..=slices {
             let now = start + SLICE * n;
@@ -104,8 +110,11 @@ mod tests {
             } else {
                 dirtied += speed * SLICE.as_secs_f64();
             }
+            if n % known == 0 {
+                seen = dirtied;
+            }
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            if let Some(later) = allowance.look(dirtied as u64, now, rate) {
+            if let Some(later) = allowance.look(seen as u64, now, rate) {
                 until = later;
             }
         }
@@ -113,6 +122,10 @@ mod tests {
             dirtied / f64::from(SECONDS),
             f64::from(rested) / f64::from(slices),
         )
+    }
+
+    fn run(speed: f64, rate: f64) -> (f64, f64) {
+        run_known(speed, rate, 1)
     }
 
     #[test]
@@ -133,6 +146,20 @@ mod tests {
                 (rested - (1.0 - rate / speed)).abs() < 0.05,
                 "{speed} {rate}: {rested}"
             );
+        }
+    }
+
+    /// Rings are emptied ten times a second when they fill slowly.
+    #[test]
+    fn who_is_known_late_to_write_more_comes_to_it_too() {
+        for (speed, rate) in [(10_000.0, 512.0), (1e5, 5e3), (2000.0, 1000.0)] {
+            for known in [7, 10, 13] {
+                let (reached, _) = run_known(speed, rate, known);
+                assert!(
+                    (reached / rate - 1.0).abs() < 0.1,
+                    "{speed} {rate}, every {known}: {reached}"
+                );
+            }
         }
     }
 
@@ -169,7 +196,8 @@ mod tests {
         let (start, one) = (Instant::now(), NonZeroU64::MIN);
         let mut allowances = Allowances::default();
         let mut rests = |order, pages, slices| {
-            let rests = allowances.look(order, &[(3, pages)], start + SLICE * slices, one);
+            let rests =
+                allowances.look(order, &[(3, pages)], start + SLICE * slices, &|_| Some(one));
             !rests.is_empty()
         };
         assert!(!rests(1, 7, 0));

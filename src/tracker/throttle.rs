@@ -3,6 +3,8 @@
 //! A thread orders rests, which the gate enforces. It lives as long as the [`Throttling`] does, and nobody waits for it: it
 //! orders nothing after its [`Throttling`] has changed its mind or gone.
 
+use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -39,12 +41,36 @@ struct Desk {
     changed: Condvar,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Order {
-    throttle: Throttle,
+    throttle: Slowing,
     /// Grows with each change.
     number: u64,
     ended: bool,
+}
+
+/// What slows the guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Slowing {
+    Off,
+    /// All vCPUs rest so much of their time.
+    All {
+        percent: u8,
+    },
+    /// Each vCPU may dirty so many pages a second.
+    Each(NonZeroU64),
+    /// These vCPUs may, the others what they like.
+    These(BTreeMap<u64, NonZeroU64>),
+}
+
+impl From<Throttle> for Slowing {
+    fn from(throttle: Throttle) -> Self {
+        match throttle {
+            Throttle::Off => Self::Off,
+            Throttle::All { percent } => Self::All { percent },
+            Throttle::Writers { pages_per_second } => Self::Each(pages_per_second),
+        }
+    }
 }
 
 impl Desk {
@@ -71,7 +97,7 @@ impl Desk {
 
     /// Changes what slows the guest. The same again changes nothing: were a rest to begin anew each time, who repeats
     /// himself would stop the guest.
-    fn set(&self, gate: &Gate, throttle: Throttle) {
+    fn set(&self, gate: &Gate, throttle: Slowing) {
         if self.lock().throttle != throttle {
             self.change(gate, |order| order.throttle = throttle);
         }
@@ -90,7 +116,7 @@ impl Desk {
     fn next(&self, number: u64, patience: Option<Duration>) -> Order {
         let same = |order: &mut Order| order.number == number;
         let order = self.lock();
-        *match patience {
+        let order = match patience {
             None => self
                 .changed
                 .wait_while(order, same)
@@ -101,7 +127,8 @@ impl Desk {
                     .unwrap_or_else(PoisonError::into_inner)
                     .0
             }
-        }
+        };
+        order.clone()
     }
 }
 
@@ -122,6 +149,29 @@ impl Tracker {
     /// [`Tracker::throttles`]; [`Error::Thread`].
     pub fn throttle(&self, throttle: Throttle) -> Result<Throttling> {
         self.check(throttle)?;
+        self.slow(throttle.into())
+    }
+
+    /// Lets each of these vCPUs, by id, dirty so many pages a second at most, until what is returned is dropped. Pages
+    /// count as in [`Throttle::Writers`]: somebody has to harvest, and a consumer to be there.
+    ///
+    /// # Errors
+    /// [`Error::NoWriters`] unless dirty rings tell who writes; [`Error::AlreadyThrottled`]; [`Error::Thread`].
+    pub fn limit(&self, limits: BTreeMap<u64, NonZeroU64>) -> Result<Throttling> {
+        if self.throttles() != Throttles::Writers {
+            return Err(Error::NoWriters);
+        }
+        self.slow(Slowing::These(limits))
+    }
+
+    /// How many pages each vCPU has dirtied so far, by id, as far as they were harvested; a page counts again when it is
+    /// written after a harvest. Empty unless dirty rings tell who writes.
+    #[must_use]
+    pub fn dirtied_by_vcpus(&self) -> Vec<(u64, u64)> {
+        self.0.dirtied()
+    }
+
+    fn slow(&self, throttle: Slowing) -> Result<Throttling> {
         if self.0.throttled.swap(true, Ordering::SeqCst) {
             return Err(Error::AlreadyThrottled);
         }
@@ -139,7 +189,7 @@ impl Tracker {
         let shared = Arc::downgrade(&self.0);
         std::thread::Builder::new()
             .name("gleaner-throttle".into())
-            .spawn(move || run(&desk, &gate, &shared, order))
+            .spawn(move || run(&desk, &gate, &shared))
             .map_err(|source| Error::Thread {
                 name: "gleaner-throttle",
                 source,
@@ -168,7 +218,19 @@ impl Throttling {
     /// Those of [`Tracker::throttle`]; what slowed it before still does.
     pub fn set(&self, throttle: Throttle) -> Result<()> {
         self.tracker.check(throttle)?;
-        self.desk.set(&self.tracker.0.gate, throttle);
+        self.desk.set(&self.tracker.0.gate, throttle.into());
+        Ok(())
+    }
+
+    /// Slows these vCPUs from now on, and nothing else.
+    ///
+    /// # Errors
+    /// Those of [`Tracker::limit`]; what slowed the guest before still does.
+    pub fn set_limits(&self, limits: BTreeMap<u64, NonZeroU64>) -> Result<()> {
+        if self.tracker.throttles() != Throttles::Writers {
+            return Err(Error::NoWriters);
+        }
+        self.desk.set(&self.tracker.0.gate, Slowing::These(limits));
         Ok(())
     }
 }
@@ -186,29 +248,30 @@ fn rest(percent: u8) -> Duration {
     SLICE * percent.into() / (100 - u32::from(percent.min(99)))
 }
 
-fn run(desk: &Desk, gate: &Gate, shared: &Weak<Shared>, mut order: Order) {
+fn run(desk: &Desk, gate: &Gate, shared: &Weak<Shared>) {
     let mut allowances = Allowances::default();
+    let mut order = desk.lock().clone();
     while !order.ended {
-        let patience = match order.throttle {
-            Throttle::Off => None,
-            Throttle::All { percent } => {
-                let rest = rest(percent);
+        let mut limit = |rate: &dyn Fn(u64) -> Option<NonZeroU64>| {
+            let shared = shared.upgrade()?;
+            let (dirtied, now) = (shared.dirtied(), Instant::now());
+            for (vcpu, until) in allowances.look(order.number, &dirtied, now, rate) {
+                desk.act(order.number, || gate.rest(until, |other| other == vcpu));
+            }
+            Some(SLICE)
+        };
+        let patience = match &order.throttle {
+            Slowing::Off => None,
+            Slowing::All { percent } => {
+                let rest = rest(*percent);
                 let until = Instant::now() + rest;
                 desk.act(order.number, || gate.rest(until, |_| true));
                 Some(rest + SLICE)
             }
-            Throttle::Writers { pages_per_second } => {
-                let Some(shared) = shared.upgrade() else {
-                    return;
-                };
-                let (dirtied, now) = (shared.dirtied(), Instant::now());
-                let rests = allowances.look(order.number, &dirtied, now, pages_per_second);
-                for (vcpu, until) in rests {
-                    desk.act(order.number, || gate.rest(until, |other| other == vcpu));
-                }
-                Some(SLICE)
-            }
+            Slowing::Each(rate) => limit(&|_| Some(*rate)),
+            Slowing::These(rates) => limit(&|vcpu| rates.get(&vcpu).copied()),
         };
+        // A tracker that is gone has nobody to slow, and ends this with its throttling.
         order = desk.next(order.number, patience);
     }
 }
@@ -243,12 +306,12 @@ mod tests {
     fn the_same_again_begins_no_rest_anew() {
         let gate = Gate::new(libc::SIGRTMIN()).unwrap();
         let desk = Desk::new(Order {
-            throttle: Throttle::Off,
+            throttle: Slowing::Off,
             number: 0,
             ended: false,
         });
         let orders = [10, 10, 20, 10].map(|percent| {
-            desk.set(&gate, Throttle::All { percent });
+            desk.set(&gate, Slowing::All { percent });
             desk.lock().number
         });
         assert_eq!(orders, [1, 1, 2, 3]);
