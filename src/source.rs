@@ -112,6 +112,25 @@ impl LocalSource {
         }
     }
 
+    /// Takes over a guest that is stopped already, devices too.
+    #[cfg(feature = "qmp")]
+    pub(crate) fn take_over(&mut self, stopped: StoppedGuest) {
+        self.throttling = None;
+        self.guest = Guest::Stopped(stopped);
+    }
+
+    /// Gives it back, stopped as it is: the attempt has to be ended by [`Source::resume`] next.
+    #[cfg(feature = "qmp")]
+    pub(crate) fn give_back(&mut self) -> Option<StoppedGuest> {
+        match std::mem::replace(&mut self.guest, Guest::Running) {
+            Guest::Stopped(stopped) | Guest::Relinquished(stopped) => Some(stopped),
+            other => {
+                self.guest = other;
+                None
+            }
+        }
+    }
+
     /// A block of the layout in force, or of an open lease.
     pub(crate) fn block(&self, id: BlockId) -> Option<Block> {
         let leased = || {
@@ -219,6 +238,8 @@ impl Source for LocalSource {
                 self.guest = Guest::Stopped(stopped);
                 Ok(())
             }
+            // By somebody else, whose devices are paused.
+            Err(error @ Error::AlreadyStopped) => Err(MigrateError::source(error)),
             Err(error) => {
                 // Some devices may be paused already; the guest runs.
                 self.hooks.resume();

@@ -19,9 +19,15 @@ mod exchange;
 mod message;
 mod server;
 mod session;
+mod watch;
 
 pub use client::{Attach, ServiceClient};
 pub use exchange::{Exchange, SocketExchange};
 pub use message::{LeaseMessage, Request, Response, VERSION};
+#[cfg(feature = "qmp")]
+pub(crate) use server::stranger;
 pub use server::{Service, ServiceSocket};
 pub use session::{Reply, Session, SessionSource};
+#[cfg(feature = "qmp")]
+pub(crate) use watch::HooksMaker;
+pub use watch::{GuestState, GuestWatch};

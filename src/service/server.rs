@@ -13,6 +13,7 @@ use rustix::net::sockopt::socket_peercred;
 
 use super::message::{Request, Response, receive_request, send_response};
 use super::session::Session;
+use super::watch::{GuestWatch, HooksMaker};
 use crate::{Error, Hooks, LocalSource, Result, Tracker};
 
 /// Between two looks whether an agent that has gone is cleaned up after.
@@ -122,6 +123,10 @@ fn thread<T: Send + 'static>(
 #[derive(Debug)]
 pub struct Service {
     path: PathBuf,
+    tracker: Tracker,
+    #[cfg(feature = "qmp")]
+    hooks: HooksMaker,
+    watch: GuestWatch,
     ended: CancelToken,
     /// The connection that is being served.
     current: Arc<Mutex<Option<UnixStream>>>,
@@ -146,16 +151,22 @@ impl Service {
         listener: Listener,
         path: PathBuf,
         tracker: &Tracker,
-        mut hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
+        hooks: impl FnMut() -> Box<dyn Hooks> + Send + 'static,
     ) -> Result<Self> {
+        let watch = GuestWatch::default();
+        let hooks = HooksMaker::new(hooks, &watch);
         let ended = CancelToken::new();
         let current = Arc::new(Mutex::new(None));
-        let tracker = tracker.clone();
-        let session = Session::new(move || Ok(LocalSource::unlogged(&tracker, hooks())));
+        let (source, made) = (tracker.clone(), hooks.clone());
+        let session = Session::new(move || Ok(LocalSource::unlogged(&source, made.make())));
         let (stop, slot) = (ended.clone(), Arc::clone(&current));
         let thread = thread("service", move || accept(&listener, session, &stop, &slot))?;
         Ok(Self {
             path,
+            tracker: tracker.clone(),
+            #[cfg(feature = "qmp")]
+            hooks,
+            watch,
             ended,
             current,
             thread: Some(thread),
@@ -166,6 +177,23 @@ impl Service {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The tracker that is served.
+    #[must_use]
+    pub const fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// Where the guest is, as far as agents and QMP stop it or let it go on.
+    #[must_use]
+    pub const fn watch(&self) -> &GuestWatch {
+        &self.watch
+    }
+
+    #[cfg(feature = "qmp")]
+    pub(crate) const fn hooks(&self) -> &HooksMaker {
+        &self.hooks
     }
 }
 
@@ -212,6 +240,20 @@ fn accept<F>(
     });
 }
 
+/// Why somebody who has connected is not served, unless he is the user who runs this, or root.
+pub(crate) fn stranger(stream: &UnixStream) -> io::Result<Option<String>> {
+    let peer = socket_peercred(stream)?;
+    let me = rustix::process::geteuid();
+    let known = peer.uid == me || peer.uid.is_root();
+    Ok((!known).then(|| {
+        format!(
+            "user {} may not use the service of user {}",
+            peer.uid.as_raw(),
+            me.as_raw()
+        )
+    }))
+}
+
 fn connection<F>(
     mut stream: UnixStream,
     session: &Mutex<Session<LocalSource, F>>,
@@ -221,15 +263,8 @@ fn connection<F>(
 where
     F: FnMut() -> Result<LocalSource>,
 {
-    let peer = socket_peercred(&stream)?;
-    let me = rustix::process::geteuid();
-    if peer.uid != me && !peer.uid.is_root() {
-        let text = format!(
-            "user {} may not use the service of user {}",
-            peer.uid.as_raw(),
-            me.as_raw()
-        );
-        return send_response(&mut stream, &Response::Error(text), None);
+    if let Some(refusal) = stranger(&stream)? {
+        return send_response(&mut stream, &Response::Error(refusal), None);
     }
     let Some(mut session) = take(session, ended, current) else {
         let text = "another agent is attached: wait until it has finished, or end it".into();
