@@ -42,7 +42,7 @@
 //!
 //! [`Tracker`] and its [`Transaction`]s; the [`gate`] that vCPU threads pass; [`LocalSource`], which a
 //! [`migrate::Sender`] drives in this process, and the [`service`], through which an agent in another process does; `vmm`, the
-//! reference VMM; [`compare`], what a call
+//! reference VMM; `qmp`, for tools that speak QEMU's protocol; [`compare`], what a call
 //! that KVM does not have would be worth.
 
 mod block;
@@ -60,6 +60,8 @@ mod loom_atomic;
 #[cfg(all(loom, test))]
 mod loom_model;
 mod primitive;
+#[cfg(feature = "qmp")]
+pub mod qmp;
 pub mod service;
 mod source;
 mod tracker;

@@ -70,16 +70,21 @@ impl FormatOptions {
         if !self.is_qemu() {
             return Format::Native;
         }
-        let mut qemu = QemuOptions {
-            sync: match self.qemu_version {
-                Some(QemuVersion::Before) => MultifdSync::Section,
-                Some(QemuVersion::Nine | QemuVersion::Ten) | None => MultifdSync::Flush,
-            },
-            ..QemuOptions::default()
-        };
-        if let Some(machine) = &self.machine {
-            qemu.machine.clone_from(machine);
-        }
-        Format::Qemu(qemu)
+        Format::Qemu(qemu_options(self.machine.as_deref(), self.qemu_version))
     }
+}
+
+/// What a QEMU of this machine and version has to be told.
+pub fn qemu_options(machine: Option<&str>, version: Option<QemuVersion>) -> QemuOptions {
+    let mut qemu = QemuOptions {
+        sync: match version {
+            Some(QemuVersion::Before) => MultifdSync::Section,
+            Some(QemuVersion::Nine | QemuVersion::Ten) | None => MultifdSync::Flush,
+        },
+        ..QemuOptions::default()
+    };
+    if let Some(machine) = machine {
+        machine.clone_into(&mut qemu.machine);
+    }
+    qemu
 }

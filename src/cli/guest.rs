@@ -8,8 +8,11 @@ use clap::Args;
 use gleaner_migrate::CancelToken;
 
 use super::Failure;
+use super::format::{QemuVersion, qemu_options};
 use super::options::{GuestOptions, cancel_on_signal};
 use super::output::Output;
+use super::units;
+use crate::qmp::QmpOptions;
 use crate::service::Service;
 use crate::vmm::{Machine, MachineStatus};
 
@@ -19,12 +22,21 @@ const LOOK: Duration = Duration::from_millis(50);
 /// The command's options.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example: gleaner guest --control /tmp/g.sock --ram 1G --workload hot:64M --churn 100\n\nAfter the guest has migrated away it stays stopped, its RAM file untouched. Ctrl-C ends it."
+    after_help = "Example: gleaner guest --control /tmp/g.sock --ram 1G --workload hot:64M --churn 100\n\nAfter the guest has migrated away it stays stopped, its RAM file untouched. Ctrl-C ends it.\n\nWith QMP: gleaner guest --control /tmp/g.sock --qmp unix:/tmp/g.qmp --tracking ring"
 )]
 pub struct Guest {
     /// Socket of the service.
     #[arg(long, value_name = "PATH")]
     pub control: PathBuf,
+    /// Serve QEMU's machine protocol (QMP) at this Unix socket: unix:PATH.
+    #[arg(long, value_name = "unix:PATH", value_parser = units::unix_path)]
+    pub qmp: Option<PathBuf>,
+    /// Machine of the QEMU that QMP's migrate reaches, with its version: none, pc-i440fx-7.2. None unless given.
+    #[arg(long, value_name = "NAME", requires = "qmp", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub machine: Option<String>,
+    /// Version of that QEMU, which matters with multifd: 7.2 is any before 8.1, 9 any from 8.1 on. The default is 9.
+    #[arg(long, value_enum, value_name = "V", requires = "qmp")]
+    pub qemu_version: Option<QemuVersion>,
     #[command(flatten)]
     pub guest: GuestOptions,
 }
@@ -39,6 +51,15 @@ impl Guest {
         let hooks = machine.hooks_factory();
         let service =
             Service::serve(machine.tracker(), &self.control, hooks).map_err(output.failure())?;
+        let qmp = QmpOptions {
+            qemu: qemu_options(self.machine.as_deref(), self.qemu_version),
+            quit: cancel.clone(),
+        };
+        let qmp = self
+            .qmp
+            .map(|path| service.serve_qmp(&path, qmp))
+            .transpose();
+        let qmp = qmp.map_err(output.failure())?;
         machine.start();
         eprintln!(
             "gleaner: guest runs on {} with {} tracking, service at {}",
@@ -47,6 +68,7 @@ impl Guest {
             service.path().display()
         );
         watch(&machine, &cancel).map_err(output.failure())?;
+        drop(qmp);
         drop(service);
         Ok(ExitCode::SUCCESS)
     }

@@ -1,6 +1,9 @@
 //! Sizes, rates and durations, as they are written on the command line.
 
+use std::path::PathBuf;
 use std::time::Duration;
+
+use gleaner_migrate::Address;
 
 use crate::vmm::guest::MemoryMap;
 
@@ -29,6 +32,15 @@ pub fn size(text: &str) -> Result<u64, String> {
         None => Err(format!(
             "\"{text}\" is no size: at most 16777215T can be written"
         )),
+    }
+}
+
+/// The path of a Unix socket, written as an address.
+pub fn unix_path(text: &str) -> Result<PathBuf, String> {
+    match text.parse() {
+        Ok(Address::Unix(path)) => Ok(path),
+        Ok(_) => Err(format!("\"{text}\" is no Unix socket: write unix:PATH")),
+        Err(error) => Err(error.to_string()),
     }
 }
 

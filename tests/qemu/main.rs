@@ -13,6 +13,8 @@ mod file;
 #[allow(dead_code)] // of the processes' tests, which use more of it
 mod harness;
 mod peer;
+mod qmp;
+mod qmp_clients;
 mod received;
 mod refused;
 mod source;

@@ -148,6 +148,8 @@ fn poison(path: &Path, mut bytes: u64) {
 pub struct Qmp {
     to: UnixStream,
     from: Box<dyn Iterator<Item = serde_json::Result<Value>> + Send>,
+    /// What has happened meanwhile, as it was told.
+    pub events: Vec<Value>,
 }
 
 impl Qmp {
@@ -155,26 +157,55 @@ impl Qmp {
         let to = until("QMP is there", || UnixStream::connect(path).ok());
         let from = BufReader::new(to.try_clone().unwrap());
         let from = Box::new(Deserializer::from_reader(from).into_iter());
-        let mut qmp = Self { to, from };
+        let mut qmp = Self {
+            to,
+            from,
+            events: Vec::new(),
+        };
         assert!(qmp.next()["QMP"].is_object());
         qmp.execute("qmp_capabilities", &json!({}));
         qmp
     }
 
-    fn next(&mut self) -> Value {
+    pub fn next(&mut self) -> Value {
         self.from.next().unwrap().unwrap()
+    }
+
+    /// Says anything.
+    pub fn write(&mut self, text: &str) {
+        self.to.write_all(text.as_bytes()).unwrap();
     }
 
     /// What a command returns.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Value {
+        let mut answer = self.ask(command, arguments);
+        assert!(answer.get("return").is_some(), "{command}: {answer}");
+        answer["return"].take()
+    }
+
+    /// The class of the error that a command is refused with, and its words.
+    pub fn refused(&mut self, command: &str, arguments: &Value) -> (String, String) {
+        let answer = self.ask(command, arguments);
+        let error = &answer["error"];
+        assert!(error.is_object(), "{command}: {answer}");
+        let text = |what: &str| error[what].as_str().unwrap().to_owned();
+        (text("class"), text("desc"))
+    }
+
+    fn ask(&mut self, command: &str, arguments: &Value) -> Value {
         let request = json!({ "execute": command, "arguments": arguments });
-        self.to.write_all(request.to_string().as_bytes()).unwrap();
+        self.write(&request.to_string());
+        self.answer()
+    }
+
+    /// What is no event.
+    pub fn answer(&mut self) -> Value {
         loop {
-            let mut answer = self.next();
-            if answer.get("event").is_none() {
-                assert!(answer.get("return").is_some(), "{command}: {answer}");
-                return answer["return"].take();
+            let said = self.next();
+            if said.get("event").is_none() {
+                return said;
             }
+            self.events.push(said);
         }
     }
 }
