@@ -321,6 +321,26 @@ pub enum Error {
         /// What it met.
         cause: Box<Error>,
     },
+    /// The source uses multifd, and this end was not told of it.
+    #[error(
+        "the source uses multifd, which is not expected here: add --channels N, as many as its multifd-channels, or switch \
+         multifd off at the source"
+    )]
+    MultifdUnasked,
+    /// Connections of multifd did not come.
+    #[error(
+        "{came} of {channels} connections of multifd came within {} s: the source needs the capability multifd and \
+         multifd-channels {channels}, or leave out --channels",
+        after.as_secs()
+    )]
+    MultifdMissing {
+        /// How many there should be.
+        channels: u8,
+        /// How many came.
+        came: usize,
+        /// How long they were awaited.
+        after: Duration,
+    },
     /// What answers is no QEMU.
     #[error(
         "what answers is not a QEMU that awaits a migration: check the address, and the format at both ends"

@@ -17,10 +17,11 @@ use super::Failure;
 use super::output::Output;
 use crate::vmm::empty_ram_file;
 
-/// Receives from one QEMU into `dir`.
+/// Receives from one QEMU into `dir`, over its main connection and as many of multifd as `channels`.
 pub fn receive(
     listener: &Listener,
     dir: &Path,
+    channels: u8,
     cancel: CancelToken,
     output: Output,
 ) -> std::result::Result<ExitCode, Failure> {
@@ -29,6 +30,7 @@ pub fn receive(
     };
     images.clear().map_err(output.failure())?;
     let received = QemuReceiver::new(&mut images, cancel)
+        .channels(channels)
         .listen(listener)
         .map_err(output.failure())?;
     output.result(&received, || summary(&received, dir));

@@ -43,6 +43,10 @@ pub struct Receive {
     /// DIR/<block>.ram, and its devices DIR/device-state, as they came.
     #[arg(long, value_enum, default_value_t = Written::Native)]
     pub format: Written,
+    /// Connections of multifd, as many as the source's multifd-channels, 1 to 255; no multifd unless given. Each is
+    /// awaited, no other is taken. Only with --format qemu.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub channels: Option<u8>,
     /// Run the guest when it has come.
     #[arg(long)]
     pub resume: bool,
@@ -192,6 +196,12 @@ impl Receive {
             Written::Qemu if self.tls.is_asked_for() => {
                 "--format qemu goes without TLS: leave out --tls"
             }
+            Written::Qemu if self.channels.is_some() && matches!(self.listen, Address::File(_)) => {
+                "a file has no connections of multifd: leave out --channels"
+            }
+            Written::Native if self.channels.is_some() => {
+                "`gleaner send` says itself how many connections there are: leave out --channels, or add --format qemu"
+            }
             Written::Native | Written::Qemu => return Ok(()),
         };
         Err(problem.into())
@@ -209,7 +219,7 @@ impl Receive {
             "gleaner: listening at {}",
             listener_name(&self.listen, &listener)
         );
-        images::receive(&listener, &dir, cancel, output)
+        images::receive(&listener, &dir, self.channels.unwrap_or(0), cancel, output)
     }
 }
 

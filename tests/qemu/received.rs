@@ -20,7 +20,12 @@ fn kept(machine: Machine, address: impl Fn(&Place) -> String, can: &[&str], chan
 
 /// What `receive` reports of a migration of this source.
 fn kept_of(place: &Place, mut source: Source, address: &str, can: &[&str], channels: u16) -> Value {
-    let mut there = Receive::listen(place, "there", address, &FORMAT);
+    let count = channels.to_string();
+    let mut args = FORMAT.to_vec();
+    if channels > 0 {
+        args.extend(["--channels", &count]);
+    }
+    let mut there = Receive::listen(place, "there", address, &args);
     let status = source.migrate(&there.address, can, channels);
     let report = there.wait_end().status("completed", 0);
     assert_eq!(status["status"], "completed", "{status}");
@@ -126,6 +131,37 @@ fn a_destination_that_is_cancelled_tells_the_source() {
         assert_eq!(migration.join().unwrap()["status"], "failed");
     });
     assert!(!there.dir.join("device-state").exists());
+}
+
+#[test]
+fn multifd_that_was_not_asked_for_is_refused_in_words() {
+    if !qemu() {
+        return;
+    }
+    let place = Place::new();
+    let mut there = Receive::start(&place, "there", &FORMAT);
+    let mut source = Source::start(&place, Machine::None);
+    let address = there.address.clone();
+    std::thread::scope(|scope| {
+        scope.spawn(|| source.migrate(&address, &["multifd", "return-path"], 2));
+        there.wait_end().failed("failed", "--channels");
+    });
+}
+
+#[test]
+fn multifd_that_is_asked_for_and_not_used_is_missed() {
+    if !qemu() {
+        return;
+    }
+    let place = Place::new();
+    let args = [&FORMAT[..], &["--channels", "2"]].concat();
+    let mut there = Receive::start(&place, "there", &args);
+    let mut source = Source::start(&place, Machine::None);
+    let address = there.address.clone();
+    std::thread::scope(|scope| {
+        scope.spawn(|| source.migrate(&address, &["return-path"], 0));
+        there.wait_end().failed("failed", "0 of 2 connections");
+    });
 }
 
 #[test]
