@@ -177,11 +177,15 @@ pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome
     }
 }
 
-/// Answers a connection that asks for an outcome. A migration that begins on it is refused: this end has had its guest.
+/// Answers a connection that asks for an outcome: what it asked for, and what it was told. A migration that begins on it is refused: this end has had its guest.
 ///
 /// # Errors
 /// What is wrong with the connection or the question; the question was not answered then.
-pub fn serve_query(stream: Stream, outcomes: &Outcomes, timeout: Duration) -> Result<Outcome> {
+pub fn serve_query(
+    stream: Stream,
+    outcomes: &Outcomes,
+    timeout: Duration,
+) -> Result<(MigrationId, Outcome)> {
     stream.set_timeouts(Some(TICK), Some(TICK))?;
     let patience = silent_after("awaiting a question", timeout);
     let mut inlet = Inlet::new(stream.try_clone()?);
@@ -190,7 +194,7 @@ pub fn serve_query(stream: Stream, outcomes: &Outcomes, timeout: Duration) -> Re
         Message::Query(id) => {
             let outcome = outcomes.get(id);
             outlet.send(&Message::Outcome(outcome), &Payload::None, &patience)?;
-            Ok(outcome)
+            Ok((id, outcome))
         }
         other => {
             let reason = "this destination takes no further guest: start another one".to_owned();

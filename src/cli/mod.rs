@@ -2,6 +2,7 @@
 
 mod compare;
 mod demo;
+mod doubts;
 mod dry_run;
 mod format;
 mod guest;

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Error, Listener, MigrationId, Outcome, Outcomes, Received, Receiver,
-    ReceiverOptions, Status, serve_query,
+    Address, CancelToken, Listener, MigrationId, Outcomes, Received, Receiver, ReceiverOptions,
+    Status,
 };
 
 use super::Failure;
+use super::doubts::{self, Doubts};
 use super::format::Written;
 use super::guest::watch;
 use super::images;
@@ -19,13 +19,6 @@ use super::output::Output;
 use crate::Tracking;
 use crate::service::ServiceSocket;
 use crate::vmm::{IncomingMachine, Machine};
-
-/// How long a peer that asks may be silent.
-const QUERY_PATIENCE: Duration = Duration::from_secs(2);
-/// Between two questions, after one that could not be answered.
-const RETRY: Duration = Duration::from_millis(50);
-/// How long the end of a migration that the source may not have heard of is kept for its question.
-const DOUBT: Duration = Duration::from_secs(600);
 
 /// The command's options.
 #[derive(Debug, Args)]
@@ -106,8 +99,16 @@ impl Receive {
                 }));
             }
             let heard = Receiver::new(&mut destination, options.clone())
-                .listen_until(&listener, doubts.end)
-                .map_err(output.failure())?;
+                .listen_until(&listener, doubts.end());
+            let heard = match heard {
+                Err(error) if doubts.end().is_some() => {
+                    // It must be there to be asked, whatever becomes of others.
+                    eprintln!("gleaner: {error}");
+                    std::thread::sleep(doubts::RETRY);
+                    continue;
+                }
+                heard => heard.map_err(output.failure())?,
+            };
             let Some(received) = heard else {
                 break;
             };
@@ -126,29 +127,41 @@ impl Receive {
                 if let Some(machine) = destination.take_machine() {
                     return Ok(host(&machine, control, &listener, &outcomes, &cancel));
                 }
-                if received.may_be_asked && listener.is_socket() {
-                    say_doubt("its question");
-                    answer_queries(&listener, &outcomes, &cancel, Some(Instant::now() + DOUBT));
+                if let Some(id) = in_doubt(&received, &listener) {
+                    doubts.begin(id);
                 }
+                if doubts.end().is_some() {
+                    Doubts::say("its question");
+                }
+                doubts.wait_out(&listener, &outcomes, &cancel);
                 return Ok(ExitCode::SUCCESS);
             }
             let reason = received.reason.as_deref();
             eprintln!("gleaner: {}", reason.unwrap_or("nothing was received"));
-            if let Some(id) = received.migration_id.filter(|_| received.may_be_asked)
-                && listener.is_socket()
-            {
+            let doubt = in_doubt(&received, &listener);
+            if let Some(id) = doubt {
                 doubts.begin(id);
-                say_doubt("its question, or another guest,");
+                Doubts::say("its question, or another guest,");
             }
-            last = Some(received);
-            if doubts.ids.is_empty() {
+            // What is told in the end is about the guest that is awaited, not about whoever came after it.
+            if doubt.is_some() || last.is_none() {
+                last = Some(received);
+            }
+            if doubts.end().is_none() {
                 break;
             }
             // It has been recorded that this guest never runs here, so another one may come. Until then agents are told that
             // there is none.
             drop(control.take());
-            control = bind().map_err(output.failure())?;
+            match bind() {
+                Ok(again) => control = again,
+                Err(error) => {
+                    eprintln!("gleaner: no other guest is taken: {error}");
+                    break;
+                }
+            }
         }
+        doubts.wait_out(&listener, &outcomes, &cancel);
         if let Some(received) = last {
             output.result(&received, || summary(&received));
         }
@@ -156,33 +169,10 @@ impl Receive {
     }
 }
 
-fn say_doubt(awaited: &str) {
-    eprintln!(
-        "gleaner: the source may be in doubt of this: awaiting {awaited} for {} s, Ctrl-C ends it",
-        DOUBT.as_secs()
-    );
-}
-
-/// Migrations that failed here, whose sources may not have heard of it.
-#[derive(Default)]
-struct Doubts {
-    ids: Vec<MigrationId>,
-    /// So long they are awaited.
-    end: Option<Instant>,
-}
-
-impl Doubts {
-    fn begin(&mut self, id: MigrationId) {
-        self.ids.push(id);
-        self.end = Some(Instant::now() + DOUBT);
-    }
-
-    /// A source has asked. Whether it was the last one that is awaited.
-    fn settled(&mut self, id: MigrationId) -> bool {
-        let before = self.ids.len();
-        self.ids.retain(|awaited| *awaited != id);
-        before > 0 && self.ids.is_empty()
-    }
+/// The migration, if its source may ask how it ended.
+fn in_doubt(received: &Received, listener: &Listener) -> Option<MigrationId> {
+    let id = received.migration_id.filter(|_| received.may_be_asked);
+    id.filter(|_| listener.is_socket())
 }
 
 impl Receive {
@@ -236,7 +226,7 @@ fn host(
         eprintln!("gleaner: the guest runs, but can't be served again: {error}");
     }
     std::thread::scope(|scope| {
-        scope.spawn(|| answer_queries(listener, outcomes, cancel, None));
+        scope.spawn(|| doubts::answer(listener, outcomes, cancel));
         let watched = watch(machine, cancel);
         // The queries end with the guest.
         cancel.cancel();
@@ -248,34 +238,6 @@ fn host(
             }
         }
     })
-}
-
-/// Answers sources that are in doubt: until `end`, or until one has been told what it asked for, if there is an end.
-fn answer_queries(
-    listener: &Listener,
-    outcomes: &Outcomes,
-    cancel: &CancelToken,
-    end: Option<Instant>,
-) {
-    if !listener.is_socket() {
-        return;
-    }
-    loop {
-        let answered = match listener.accept_until(cancel, end) {
-            Ok(Some(stream)) => serve_query(stream, outcomes, QUERY_PATIENCE),
-            Ok(None) | Err(Error::Cancelled) => return,
-            Err(error) => Err(error),
-        };
-        match answered {
-            Ok(Outcome::Running | Outcome::Refused) if end.is_some() => return,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "query");
-                // An error that stays, such as too many open files, must not keep a core busy.
-                std::thread::sleep(RETRY);
-            }
-        }
-    }
 }
 
 /// Where it listens, the port that was chosen for port 0 included.
