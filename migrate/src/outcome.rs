@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::patience::{LINGER, TICK, silent_after};
+use crate::patience::{LINGER, TICK, within};
 use crate::wire::{Inlet, Message, Outlet, Payload};
 use crate::{Address, Connector, Error, Result, Source, Status, Stream};
 
@@ -164,7 +164,7 @@ pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome
         return Err(file(&"file"));
     }
     stream.set_timeouts(Some(TICK), Some(TICK))?;
-    let patience = silent_after("awaiting the outcome", timeout);
+    let patience = within("awaiting the outcome", timeout);
     let mut inlet = Inlet::new(stream.try_clone()?);
     Outlet::new(stream).send(&Message::Query(id), &Payload::None, &patience)?;
     match inlet.receive("awaiting the outcome", &patience)?.1 {
@@ -177,7 +177,7 @@ pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome
     }
 }
 
-/// Answers a connection that asks for an outcome: what it asked for, and what it was told. A migration that begins on it is refused: this end has had its guest.
+/// Answers a connection that asks for an outcome within `timeout`: what it asked for, and what it was told. A migration that begins on it is refused: this end has had its guest.
 ///
 /// # Errors
 /// What is wrong with the connection or the question; the question was not answered then.
@@ -187,7 +187,7 @@ pub fn serve_query(
     timeout: Duration,
 ) -> Result<(MigrationId, Outcome)> {
     stream.set_timeouts(Some(TICK), Some(TICK))?;
-    let patience = silent_after("awaiting a question", timeout);
+    let patience = within("awaiting a question", timeout);
     let mut inlet = Inlet::new(stream.try_clone()?);
     let mut outlet = Outlet::new(stream);
     match inlet.receive("awaiting a question", &patience)?.1 {
@@ -223,6 +223,21 @@ pub fn resolve(source: &mut dyn Source, outcome: Outcome) -> Result<Status> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::patience::drip;
+
+    #[test]
+    fn a_question_that_comes_byte_by_byte_takes_no_longer_than_it_may() {
+        let peer = drip::peer(&Message::Query(MigrationId([1; 16])));
+        let answered = serve_query(peer.into(), &Outcomes::default(), drip::LIMIT);
+        assert!(matches!(answered, Err(Error::Silent { .. })));
+    }
+
+    #[test]
+    fn an_answer_that_comes_byte_by_byte_takes_no_longer_than_it_may() {
+        let peer = drip::peer(&Message::Outcome(Outcome::Running));
+        let told = ask(peer.into(), MigrationId([1; 16]), drip::LIMIT);
+        assert!(matches!(told, Err(Error::Silent { .. })));
+    }
 
     #[test]
     fn an_id_reads_back() {
