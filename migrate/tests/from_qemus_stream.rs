@@ -365,8 +365,8 @@ impl Lines {
         line
     }
 
-    /// All pages, over the first connection of multifd and the main one, which end well.
-    fn one_round(&mut self) {
+    /// All pages, over the first connection of multifd and the main one, which end well. Bytes on both.
+    fn one_round(&mut self) -> usize {
         self.others[0]
             .write_all(&packet(SYNC, &[], &[], 0))
             .unwrap();
@@ -378,6 +378,7 @@ impl Lines {
             .unwrap();
         let last = Written::zero_rom().end_of_section().devices();
         self.main.write_all(&last.bytes).unwrap();
+        begun.bytes.len() + last.bytes.len() + 64 + 1344 + 1344 + 2 * 4096
     }
 
     /// What the return path says next.
@@ -664,6 +665,13 @@ fn a_connection_left_of_a_source_that_has_gone_is_not_taken_for_a_new_ones() {
     });
     assert_eq!(received.status, Status::Completed, "{:?}", received.reason);
     assert!(kept.page("a/b", 0) == [5; 4096]);
+}
+
+#[test]
+fn bytes_of_all_connections_are_counted() {
+    let mut bytes = 0;
+    let (received, _) = over_multifd(1, |lines| bytes = lines.one_round());
+    assert_eq!(received.bytes, bytes as u64);
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! `gleaner receive`: the destination.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Listener, MigrationId, Outcomes, Received, Receiver, ReceiverOptions,
-    Status,
+    Address, CancelToken, Error, Listener, MigrationId, Outcomes, QemuReceived, Received, Receiver,
+    ReceiverOptions, Status,
 };
 
 use super::Failure;
@@ -29,7 +29,8 @@ pub struct Receive {
     /// Where: tcp:HOST:PORT, unix:PATH, fd:N or file:PATH.
     #[arg(long, value_name = "ADDR")]
     pub listen: Address,
-    /// Keep the memory of each block in DIR/<block>.ram, DIR made when it is missing; in memory only unless given.
+    /// Keep the memory of each block in DIR/<block>.ram, DIR made when it is missing; in memory only unless given. Of a QEMU
+    /// that fails or is called off, the files are removed.
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
     /// What the source writes: native is `gleaner send`; qemu is a stock QEMU, each RAM block of which becomes
@@ -61,12 +62,23 @@ impl Receive {
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
         if self.format == Written::Qemu {
-            return self.run_qemu(output);
+            return Ok(self.run_qemu(output));
         }
+        let ended = self.run_native(output);
+        Ok(ended.unwrap_or_else(|failure| {
+            eprintln!("gleaner: {}", failure.reason);
+            if output.json {
+                output.result(&Received::unbegun(failure.reason), String::new);
+            }
+            ExitCode::FAILURE
+        }))
+    }
+
+    fn run_native(self, output: Output) -> Result<ExitCode, Failure> {
         let mut destination = IncomingMachine::new();
         if let Some(dir) = &self.ram_dir {
             std::fs::create_dir_all(dir)
-                .map_err(|e| output.failure()(format!("{}: {e}", dir.display())))?;
+                .map_err(|e| output.failure()(format!("--ram-dir {}: {e}", dir.display())))?;
             destination = destination.ram_dir(dir.clone());
         }
         if self.resume {
@@ -197,19 +209,30 @@ impl Receive {
         Err(problem.into())
     }
 
+    fn run_qemu(self, output: Output) -> ExitCode {
+        let dir = self.ram_dir.as_deref().unwrap_or(Path::new("."));
+        let received = self.receive_qemu(dir);
+        let received = received.unwrap_or_else(QemuReceived::unbegun);
+        output.result(&received, || images::summary(&received, dir));
+        if let Some(reason) = &received.reason {
+            eprintln!("gleaner: {reason}");
+            return ExitCode::FAILURE;
+        }
+        ExitCode::SUCCESS
+    }
+
     /// Receives from a stock QEMU.
-    fn run_qemu(self, output: Output) -> Result<ExitCode, Failure> {
-        let dir = self.ram_dir.unwrap_or_default();
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| output.failure()(format!("{}: {e}", dir.display())))?;
+    fn receive_qemu(&self, dir: &Path) -> gleaner_migrate::Result<QemuReceived> {
+        std::fs::create_dir_all(dir)
+            .map_err(|e| Error::destination(format!("--ram-dir {}: {e}", dir.display())))?;
         let cancel = CancelToken::new();
-        cancel_on_signal(&cancel).map_err(output.failure())?;
-        let listener = Listener::bind(&self.listen).map_err(output.failure())?;
+        cancel_on_signal(&cancel).map_err(Error::destination)?;
+        let listener = Listener::bind(&self.listen)?;
         eprintln!(
             "gleaner: listening at {}",
             listener_name(&self.listen, &listener)
         );
-        images::receive(&listener, &dir, self.channels.unwrap_or(0), cancel, output)
+        images::receive(&listener, dir, self.channels.unwrap_or(0), cancel)
     }
 }
 

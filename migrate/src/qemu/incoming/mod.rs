@@ -82,10 +82,24 @@ pub struct QemuReceived {
     pub channels: u64,
     /// Bytes of the sections of devices and of their description.
     pub device_state_bytes: u64,
-    /// Bytes on the main connection.
+    /// Bytes on all connections.
     pub bytes: u64,
     /// Time from the first byte to the end, in milliseconds.
     pub total_ms: f64,
+}
+
+impl QemuReceived {
+    /// It ended before anything came.
+    #[must_use]
+    pub fn unbegun(error: Error) -> Self {
+        report(
+            Err(error),
+            &Read::default(),
+            None,
+            &Meeting::default(),
+            Duration::ZERO,
+        )
+    }
 }
 
 /// Receives the memory of a stock QEMU.
@@ -215,7 +229,7 @@ fn report(
         sections: read.sections,
         channels: meeting.connections(),
         device_state_bytes: read.device_state.len() as u64,
-        bytes: read.bytes,
+        bytes: read.bytes + meeting.bytes(),
         total_ms: crate::sender::millis(took),
     }
 }

@@ -10,12 +10,14 @@
 //! met in between.
 
 use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::ram::Ram;
+use crate::memory::PAGE;
 use crate::patience::TICK;
-use crate::qemu::packet::{PACKET_LEN, Packet, SYNC};
+use crate::qemu::packet::{HELLO_LEN, PACKET_LEN, Packet, SYNC};
 use crate::wire::{Patience, read, read_pieces, read_some};
 use crate::{CancelToken, Error, Result, Stream};
 
@@ -27,6 +29,8 @@ use crate::{CancelToken, Error, Result, Stream};
 pub(super) struct Meeting {
     state: Mutex<State>,
     changed: Condvar,
+    /// That have come on all connections.
+    bytes: AtomicU64,
 }
 
 #[derive(Default)]
@@ -63,8 +67,14 @@ impl Meeting {
         self.lock().connections.len() as u64
     }
 
-    /// Takes a connection in: its number here.
+    /// Bytes that came on all of them.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Takes a connection in that has said hello: its number here.
     pub(super) fn join(&self, channel: u8, stream: Stream) -> usize {
+        self.count(HELLO_LEN);
         let mut state = self.lock();
         state.connections.push(Connection {
             channel,
@@ -73,6 +83,10 @@ impl Meeting {
             open: true,
         });
         state.connections.len() - 1
+    }
+
+    fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// The main connection is at a mark: waits until every connection has come to the SYNC that belongs to it, for `limit`
@@ -181,6 +195,7 @@ impl Meeting {
                 return if unmet { Err(left_over()) } else { Ok(()) };
             }
             read(stream, &mut bytes[1..], DURING, patience)?;
+            self.count(PACKET_LEN);
             let packet = Packet::parse(&bytes)?;
             if !packet.offsets.is_empty() {
                 unmet = true;
@@ -194,6 +209,7 @@ impl Meeting {
                 let pieces = whole.iter().map(|place| ram.contents(*place));
                 let pieces = pieces.collect::<Result<Vec<_>>>()?;
                 read_pieces(stream, &pieces, DURING, patience)?;
+                self.count(PAGE * pieces.len());
                 for place in zero {
                     ram.zero(*place)?;
                 }
