@@ -469,6 +469,10 @@ fn changes(came: &[String], gone: &[String]) -> String {
 /// What to do about a stream that starts so.
 const fn advice(found: [u8; 4]) -> &'static str {
     match found {
+        // Its main connection, and one of multifd.
+        [b'Q', b'E', b'V', b'M'] | [0x11, 0x22, 0x33, 0x44] => {
+            "that is QEMU's stream, add --format qemu to receive it"
+        }
         [0x16, 3, ..] => "that is TLS, use it at both ends or at neither",
         // The length of a short message.
         [_, _, 0, 0] => {
@@ -491,6 +495,15 @@ impl Error {
         Self::Destination {
             cause: cause.into(),
         }
+    }
+
+    /// Whether a QEMU has come where Gleaner's own stream was awaited.
+    pub(crate) fn is_of_a_qemu(&self) -> bool {
+        use crate::qemu::{MAGIC, MULTIFD_MAGIC};
+        let Self::Magic { found } = self else {
+            return false;
+        };
+        [MAGIC, MULTIFD_MAGIC].contains(&u32::from_be_bytes(*found))
     }
 
     pub(crate) fn io(what: impl Into<String>, cause: io::Error) -> Self {

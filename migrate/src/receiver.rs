@@ -103,7 +103,11 @@ impl<'a> Receiver<'a> {
             match &received.error {
                 Some(Error::Cancelled | Error::OnlyQuery) => return Ok(Some(received)),
                 Some(error) if received.migration_id.is_none() && listener.is_socket() => {
-                    tracing::info!(%error, "a connection without a migration");
+                    if error.is_of_a_qemu() {
+                        tracing::warn!(%error, "hung up on a connection");
+                    } else {
+                        tracing::info!(%error, "a connection without a migration");
+                    }
                 }
                 _ => return Ok(Some(received)),
             }

@@ -34,7 +34,8 @@ pub struct Receive {
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
     /// What the source writes: native is `gleaner send`; qemu is a stock QEMU, each RAM block of which becomes
-    /// DIR/<block>.ram, and its devices DIR/device-state, as they came.
+    /// DIR/<block>.ram of --ram-dir, and its devices DIR/device-state, as they came. No guest runs of it, so it goes
+    /// without --resume, --backend and --control, and without --tls.
     #[arg(long, value_enum, default_value_t = Written::Native)]
     pub format: Written,
     /// Connections of multifd, as many as the source's multifd-channels, 1 to 255; no multifd unless given. Each is
@@ -44,11 +45,11 @@ pub struct Receive {
     /// Run the guest when it has come.
     #[arg(long)]
     pub resume: bool,
-    /// What runs the guest; it has to be what ran it at the source.
-    #[arg(long, value_enum, default_value_t = BackendChoice::Auto, requires = "resume")]
-    pub backend: BackendChoice,
-    /// Serve the guest again at this socket, for a second hop.
-    #[arg(long, value_name = "PATH", requires = "resume")]
+    /// What runs the guest, auto unless given; it has to be what ran it at the source. Only with --resume.
+    #[arg(long, value_enum)]
+    pub backend: Option<BackendChoice>,
+    /// Serve the guest again at this socket, for a second hop. Only with --resume.
+    #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
     #[command(flatten)]
     pub tls: TlsOptions,
@@ -82,7 +83,10 @@ impl Receive {
             destination = destination.ram_dir(dir.clone());
         }
         if self.resume {
-            destination = destination.resume(self.backend.settle(), Tracking::Auto);
+            destination = destination.resume(
+                self.backend.unwrap_or(BackendChoice::Auto).settle(),
+                Tracking::Auto,
+            );
         }
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
@@ -195,11 +199,23 @@ impl Receive {
                 "--format qemu keeps what comes in files: add --ram-dir DIR"
             }
             Written::Qemu if self.resume => "a guest of a QEMU can't run here: leave out --resume",
+            Written::Qemu if self.control.is_some() => {
+                "a guest of a QEMU can't run here, nor be served: leave out --control"
+            }
+            Written::Qemu if self.backend.is_some() => {
+                "a guest of a QEMU can't run here: leave out --backend"
+            }
             Written::Qemu if self.tls.is_asked_for() => {
                 "--format qemu goes without TLS: leave out --tls"
             }
             Written::Qemu if self.channels.is_some() && matches!(self.listen, Address::File(_)) => {
                 "a file has no connections of multifd: leave out --channels"
+            }
+            Written::Native if self.control.is_some() && !self.resume => {
+                "--control serves a guest that runs here: add --resume"
+            }
+            Written::Native if self.backend.is_some() && !self.resume => {
+                "--backend runs the guest: add --resume"
             }
             Written::Native if self.channels.is_some() => {
                 "`gleaner send` says itself how many connections there are: leave out --channels, or add --format qemu"

@@ -243,6 +243,33 @@ fn whatever_comes_of_it_the_same_is_told() {
 }
 
 #[test]
+fn a_gleaner_that_comes_is_told_what_is_awaited() {
+    let place = Place::new();
+    let guest = Guest::in_memory(&place, "16M", &["--backend", "model"]);
+    let mut there = Receive::start(&place, "there", &FORMAT);
+    let sent = guest.send(&there.address, &[]).end();
+    sent.failed("failed", "add --format qemu");
+    assert!(there.process().runs());
+}
+
+#[test]
+fn a_qemu_that_comes_to_a_gleaner_is_known_for_one() {
+    let multifd = [&b"\x11\x22\x33\x44\0\0\0\x01"[..], &[0; 56]].concat();
+    for said in [SMALL, &multifd] {
+        let place = Place::new();
+        let mut there = Receive::start(&place, "there", &[]);
+        let path = there.address.strip_prefix("unix:").unwrap();
+        let mut source = std::os::unix::net::UnixStream::connect(path).unwrap();
+        std::io::Write::write_all(&mut source, said).unwrap();
+        there.process().says("add --format qemu");
+        std::fs::write(place.path("stream"), said).unwrap();
+        let address = format!("file:{}", place.arg("stream"));
+        let mut there = Receive::listen(&place, "file", &address, &[]);
+        there.wait_end().failed("failed", "add --format qemu");
+    }
+}
+
+#[test]
 fn a_stream_of_another_kind() {
     let place = Place::new();
     std::fs::write(place.path("stream"), b"GLNR and so on").unwrap();

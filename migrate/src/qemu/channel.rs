@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::answers::{Answers, Awaited};
 use super::line::Line;
@@ -17,6 +17,8 @@ use crate::{Channel, Connector, Error, Result, Stream};
 /// Syncs that a lane lets come together before it asks for a full one. With half of its jobs known to be applied it
 /// needn't wait for the rest.
 const TOGETHER: usize = 2;
+/// How long a QEMU may be silent at first before the user is told.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// Speaks with a QEMU as a lane does with any destination.
 pub(crate) struct QemuChannel {
@@ -31,6 +33,8 @@ pub(crate) struct QemuChannel {
     due: VecDeque<(Awaited, Message)>,
     /// How far the migration has come, apart from pages.
     phase: Phase,
+    /// Since when the answer to the greeting is awaited, until that has been told to take long.
+    greeted: Option<Instant>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -113,6 +117,7 @@ impl QemuChannel {
             applied_by: 0,
             due: VecDeque::new(),
             phase: Phase::Greeting,
+            greeted: None,
             reader: None,
         }
     }
@@ -135,6 +140,15 @@ impl QemuChannel {
             (other, _) => Err(Error::NotInFormat {
                 what: other.kind().name(),
             }),
+        }
+    }
+
+    /// A QEMU that awaits more connections says nothing, and it takes long until that is an error.
+    fn tell_of_silence(&mut self) {
+        if let Some(since) = self.greeted.take_if(|since| since.elapsed() >= SILENCE) {
+            let advice = self.advice().unwrap_or_default();
+            let seconds = since.elapsed().as_secs();
+            tracing::warn!("the QEMU has said nothing for {seconds} s: {advice}");
         }
     }
 
@@ -161,6 +175,7 @@ impl Channel for QemuChannel {
         let due = match message {
             Message::Hello(_) => {
                 let ping = self.peer.greet(patience)?;
+                self.greeted = Some(Instant::now());
                 Some((Awaited::Pong(ping), Message::Welcome(VERSION)))
             }
             Message::Layout(layout) => {
@@ -224,8 +239,10 @@ impl Channel for QemuChannel {
         };
         let awaited = self.due.front().map_or(Awaited::Nothing, |due| due.0);
         if !answers.wait(awaited, wait)? {
+            self.tell_of_silence();
             return Ok(None);
         }
+        self.greeted = None;
         Ok(self.due.pop_front().map(|(_, answer)| answer))
     }
 

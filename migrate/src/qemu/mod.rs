@@ -54,6 +54,8 @@ mod record;
 mod tests;
 
 pub(crate) use channel::{QemuChannel, open};
+pub(crate) use packet::MAGIC as MULTIFD_MAGIC;
+pub(crate) use record::MAGIC;
 pub use incoming::{Images, QemuReceived, QemuReceiver};
 
 /// What a migration is written as.

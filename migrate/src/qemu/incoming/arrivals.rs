@@ -12,9 +12,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use crate::patience::TICK;
+use crate::patience::{TICK, within};
 use crate::qemu::packet::{self, HELLO_LEN, Hello};
 use crate::qemu::record::MAGIC;
+use crate::wire::{self, Message, Outlet, Payload};
 use crate::{CancelToken, Error, Listener, Result, Stream};
 
 /// How long a connection may take to say what it is, and the main one to be joined by all others.
@@ -179,6 +180,17 @@ fn hung_up(error: &Error) {
     tracing::warn!(%error, "hung up on a connection");
 }
 
+/// Tells a Gleaner what this end is.
+fn refuse(stream: &Stream) -> Result<()> {
+    let reason = "this destination reads QEMU's stream: add --format qemu, or leave it out there";
+    stream.set_timeouts(Some(TICK), Some(TICK))?;
+    let mut outlet = Outlet::new(stream.try_clone()?);
+    let refused = Message::Refused(reason.into());
+    outlet.send(&refused, &Payload::None, &within("refusing", TICK))?;
+    stream.linger(2 * TICK);
+    Ok(())
+}
+
 /// Whether the other end has hung up, whatever it has said before.
 fn has_gone(stream: &Stream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
@@ -220,7 +232,13 @@ fn said(stream: &Stream) -> Result<Said> {
                 .map_err(|cause| Error::io("read a greeting", cause.into()))?;
             Hello::parse(&bytes).map(Said::Multifd)
         }
-        _ => Err(Error::NotQemuStream { found }),
+        _ => {
+            if found == wire::MAGIC {
+                // Best effort: he has gone, or is told.
+                let _ = refuse(stream);
+            }
+            Err(Error::NotQemuStream { found })
+        }
     }
 }
 
