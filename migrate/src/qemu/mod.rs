@@ -54,9 +54,9 @@ mod record;
 mod tests;
 
 pub(crate) use channel::{QemuChannel, open};
+pub use incoming::{Images, QemuReceived, QemuReceiver};
 pub(crate) use packet::MAGIC as MULTIFD_MAGIC;
 pub(crate) use record::MAGIC;
-pub use incoming::{Images, QemuReceived, QemuReceiver};
 
 /// What a migration is written as.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -23,6 +23,8 @@ use std::sync::OnceLock;
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use self::arrivals::Arrivals;
@@ -39,6 +41,9 @@ use crate::{CancelToken, Error, Listener, NewMemory, Result, Stream};
 
 /// How long connections may be behind the main one: it says nothing before all else has been said on the others.
 const MEET: Duration = Duration::from_secs(60);
+
+/// How long nothing must come behind what looks like the end, of a source that awaits an answer.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// Where what comes from a QEMU is kept.
 pub trait Images {
@@ -261,11 +266,36 @@ impl Around for Beside<'_, '_, '_> {
         meeting.main(self.cancel, MEET)
     }
 
+    fn more_comes(&mut self) -> Result<bool> {
+        let end = Instant::now() + QUIET;
+        while Instant::now() < end {
+            check(self.cancel)?;
+            if is_readable(self.stream, TICK)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     fn answer(&mut self, kind: u16, value: u32) -> Result<()> {
         if self.stream.is_file() {
             return Ok(());
         }
         answer(self.stream, kind, value)
+    }
+}
+
+/// Waits until there are bytes, or the end of the stream, for `limit` at most, less than a second.
+fn is_readable(stream: &Stream, limit: Duration) -> Result<bool> {
+    let mut fds = [PollFd::new(stream, PollFlags::IN)];
+    let limit = Timespec {
+        tv_sec: 0,
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    match poll(&mut fds, Some(&limit)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(cause) => Err(Error::io("await the end of the stream", cause.into())),
     }
 }
 
