@@ -10,7 +10,7 @@ use crate::newcomers::GREETING;
 use crate::pack::Unpacker;
 use crate::patience::within;
 use crate::receiver::StreamPeer;
-use crate::threads;
+use crate::threads::{self, Finally, panic_met};
 use crate::wire::{Join, MAX_CHANNELS, Message, VERSION};
 use crate::{
     CancelToken, Error, Listener, MigrationId, Outcome, Peer, ReceiverOptions, Result, Stream,
@@ -139,6 +139,11 @@ fn greet<'scope>(
     match peer.inlet.receive("awaiting a greeting", &waits)?.1 {
         Message::Join(Join { id: of, channel }) if of == id && joint.admit(channel, handle) => {
             let work = move || {
+                let _fails = Finally(|| {
+                    if let Some(error) = panic_met() {
+                        joint.fail(channel, error);
+                    }
+                });
                 let welcome = peer.answer(&Message::Welcome(VERSION));
                 if let Err(error) = welcome.and_then(|()| carry(&mut peer, joint)) {
                     joint.fail(channel, error);

@@ -10,7 +10,7 @@ use crate::joint::{Joint, keep_the_door};
 use crate::newcomers::GREETING;
 use crate::patience::{LINGER, TICK, silent_after, within};
 use crate::report::Received;
-use crate::threads;
+use crate::threads::{self, Finally};
 use crate::wire::{Inlet, MAX_CHANNELS, Message, Outlet, Patience, Payload};
 use crate::{
     CancelToken, Clock, Destination, Error, Listener, Outcomes, Peer, Reception, Result, Stream,
@@ -136,16 +136,16 @@ impl<'a> Receiver<'a> {
         // All other connections have ended before the reception does.
         let ended = thread::scope(|scope| {
             let joint = &joint;
-            let ended = peer.frames(&mut reception, joint, |id| {
+            // Whoever waits at the door is let go of, though the destination panics.
+            let _over = Finally(|| joint.end());
+            peer.frames(&mut reception, joint, |id| {
                 if let Some(listener) = listener {
                     let door = move || keep_the_door(scope, listener, id, joint);
                     if let Err(error) = threads::start(scope, door) {
                         joint.fail(0, error);
                     }
                 }
-            });
-            joint.end();
-            ended
+            })
         });
         let report = reception.end(ended, &mut peer);
         peer.outlet.stream().linger(LINGER);

@@ -35,7 +35,22 @@ pub(crate) struct QemuChannel {
     phase: Phase,
     /// Since when the answer to the greeting is awaited, until that has been told to take long.
     greeted: Option<Instant>,
-    reader: Option<JoinHandle<()>>,
+    reader: Option<Reader>,
+}
+
+/// The thread that hears the answers, on the main connection. Dropped, it ends both.
+struct Reader {
+    main: Stream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.main.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// What was said last, besides pages, by the lane that leads.
@@ -70,7 +85,7 @@ pub(crate) fn open(
     Ok(channels)
 }
 
-type Begun = (Line, Option<JoinHandle<()>>, Option<Arc<Answers>>);
+type Begun = (Line, Option<Reader>, Option<Arc<Answers>>);
 
 /// Opens the main connection.
 fn begin(stream: Stream) -> Result<Begun> {
@@ -78,7 +93,10 @@ fn begin(stream: Stream) -> Result<Begun> {
     let (mut reader, mut answers) = (None, None);
     if !stream.is_file() {
         let heard = Arc::<Answers>::default();
-        reader = Some(heard.follow(stream.try_clone()?)?);
+        reader = Some(Reader {
+            main: stream.try_clone()?,
+            thread: Some(heard.follow(stream.try_clone()?)?),
+        });
         answers = Some(heard);
     }
     let mut line = Line::new(stream);
@@ -308,7 +326,23 @@ impl Channel for QemuChannel {
                 stream.shutdown(Shutdown::Both);
                 Ok(())
             });
-            let _ = reader.join();
+            drop(reader);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_other_end_hears_of_a_main_connection_that_nobody_joins() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        drop(begin(near.into()).unwrap());
+        let mut said = Vec::new();
+        far.read_to_end(&mut said).unwrap();
+        assert_eq!(said, b"QEVM\0\0\0\x03");
     }
 }

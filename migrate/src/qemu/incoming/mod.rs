@@ -19,6 +19,7 @@ mod ram;
 mod stream;
 mod xbzrle;
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ use self::stream::{Around, MainStream, Read};
 use super::record::SHUT;
 use crate::patience::{LINGER, TICK};
 use crate::report::Status;
-use crate::threads;
+use crate::threads::{self, Finally};
 use crate::wire::{read_some, write};
 use crate::{CancelToken, Error, Listener, NewMemory, Result, Stream};
 
@@ -185,8 +186,11 @@ impl<'a> QemuReceiver<'a> {
                     check(&self.cancel)
                 })
             });
+            let whole = Cell::new(false);
+            // Whoever waits for the next mark is let go of, though the images panic.
+            let _end = Finally(|| meeting.end(whole.get()));
             let ended = MainStream::new(bytes, beside, self.images, &ram, &mut read).run();
-            meeting.end(ended.is_ok());
+            whole.set(ended.is_ok());
             ended
         });
         // A file has no other end that could have gone.

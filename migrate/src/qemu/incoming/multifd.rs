@@ -18,6 +18,7 @@ use super::ram::Ram;
 use crate::memory::PAGE;
 use crate::patience::TICK;
 use crate::qemu::packet::{HELLO_LEN, PACKET_LEN, Packet, SYNC};
+use crate::threads::Finally;
 use crate::wire::{Patience, read, read_pieces, read_some};
 use crate::{CancelToken, Error, Result, Stream};
 
@@ -165,9 +166,13 @@ impl Meeting {
 
     /// What becomes of a connection, to its end.
     pub(super) fn carry(&self, number: usize, stream: &Stream, ram: &Ram) {
+        // By a panic of the memory too: it is missed at the next mark.
+        let _closed = Finally(|| {
+            self.lock().connections[number].open = false;
+            self.changed.notify_all();
+        });
         let ended = self.packets(number, stream, ram);
         let mut state = self.lock();
-        state.connections[number].open = false;
         // One that ends after its last SYNC has done all that it had to; one that ended before is missed at the next mark.
         if let Err(error) = ended
             && !state.over
@@ -178,8 +183,6 @@ impl Meeting {
                 cause: Box::new(error),
             });
         }
-        drop(state);
-        self.changed.notify_all();
     }
 
     fn packets(&self, number: usize, stream: &Stream, ram: &Ram) -> Result<()> {
