@@ -234,6 +234,17 @@ impl Channel for StreamChannel {
     }
 }
 
+impl Drop for StreamChannel {
+    /// One that was not closed has nothing to say any more, but the other end must hear that, and no thread stay.
+    fn drop(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            self.outlet.stream().shutdown(Shutdown::Both);
+            self.answers = None;
+            let _ = reader.join();
+        }
+    }
+}
+
 /// Takes the answers that are there. A destination that has refused reads no more: who writes must know at once.
 fn listen(
     answers: Option<&Receiver<Result<Message>>>,
@@ -260,5 +271,19 @@ fn read_answers(mut inlet: Inlet, to: &SyncSender<Result<Message>>) {
         if to.send(answer).is_err() || last {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_other_end_hears_of_a_channel_that_is_dropped() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        drop(StreamChannel::open(near.into()).unwrap());
+        assert_eq!(far.read(&mut [0; 8]).unwrap(), 0);
     }
 }

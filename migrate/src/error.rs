@@ -321,6 +321,26 @@ pub enum Error {
         /// What it met.
         cause: Box<Error>,
     },
+    /// The source uses multifd, and this end was not told of it.
+    #[error(
+        "the source uses multifd, which is not expected here: add --channels N, as many as its multifd-channels, or switch \
+         multifd off at the source"
+    )]
+    MultifdUnasked,
+    /// Connections of multifd did not come.
+    #[error(
+        "{came} of {channels} connections of multifd came within {} s: the source needs the capability multifd and \
+         multifd-channels {channels}, or leave out --channels",
+        after.as_secs()
+    )]
+    MultifdMissing {
+        /// How many there should be.
+        channels: u8,
+        /// How many came.
+        came: usize,
+        /// How long they were awaited.
+        after: Duration,
+    },
     /// What answers is no QEMU.
     #[error(
         "what answers is not a QEMU that awaits a migration: check the address, and the format at both ends"
@@ -449,6 +469,10 @@ fn changes(came: &[String], gone: &[String]) -> String {
 /// What to do about a stream that starts so.
 const fn advice(found: [u8; 4]) -> &'static str {
     match found {
+        // Its main connection, and one of multifd.
+        [b'Q', b'E', b'V', b'M'] | [0x11, 0x22, 0x33, 0x44] => {
+            "that is QEMU's stream, add --format qemu to receive it"
+        }
         [0x16, 3, ..] => "that is TLS, use it at both ends or at neither",
         // The length of a short message.
         [_, _, 0, 0] => {
@@ -471,6 +495,15 @@ impl Error {
         Self::Destination {
             cause: cause.into(),
         }
+    }
+
+    /// Whether a QEMU has come where Gleaner's own stream was awaited.
+    pub(crate) fn is_of_a_qemu(&self) -> bool {
+        use crate::qemu::{MAGIC, MULTIFD_MAGIC};
+        let Self::Magic { found } = self else {
+            return false;
+        };
+        [MAGIC, MULTIFD_MAGIC].contains(&u32::from_be_bytes(*found))
     }
 
     pub(crate) fn io(what: impl Into<String>, cause: io::Error) -> Self {

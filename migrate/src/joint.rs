@@ -8,8 +8,9 @@ use std::time::Duration;
 use crate::landing::Landing;
 use crate::newcomers::GREETING;
 use crate::pack::Unpacker;
+use crate::patience::within;
 use crate::receiver::StreamPeer;
-use crate::threads;
+use crate::threads::{self, Finally, panic_met};
 use crate::wire::{Join, MAX_CHANNELS, Message, VERSION};
 use crate::{
     CancelToken, Error, Listener, MigrationId, Outcome, Peer, ReceiverOptions, Result, Stream,
@@ -132,19 +133,17 @@ fn greet<'scope>(
 ) -> Result<()> {
     let handle = stream.try_clone()?;
     let mut peer = StreamPeer::open(stream, &joint.options)?;
-    let waits = |after| {
-        joint.open()?;
-        if after >= GREETING {
-            return Err(Error::Silent {
-                during: "awaiting a greeting",
-                after,
-            });
-        }
-        Ok(())
-    };
+    let limit = joint.options.io_timeout.min(GREETING);
+    let begun = within("awaiting a greeting", limit);
+    let waits = |after| joint.open().and_then(|()| begun(after));
     match peer.inlet.receive("awaiting a greeting", &waits)?.1 {
         Message::Join(Join { id: of, channel }) if of == id && joint.admit(channel, handle) => {
             let work = move || {
+                let _fails = Finally(|| {
+                    if let Some(error) = panic_met() {
+                        joint.fail(channel, error);
+                    }
+                });
                 let welcome = peer.answer(&Message::Welcome(VERSION));
                 if let Err(error) = welcome.and_then(|()| carry(&mut peer, joint)) {
                     joint.fail(channel, error);
@@ -178,5 +177,27 @@ fn carry(peer: &mut StreamPeer<'_>, joint: &Joint) -> Result<()> {
         joint
             .landing
             .frame(&header, &message, peer, &mut unpacker)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::patience::drip;
+
+    #[test]
+    fn who_joins_byte_by_byte_takes_no_longer_than_he_may() {
+        let options = ReceiverOptions {
+            io_timeout: drip::LIMIT,
+            ..ReceiverOptions::default()
+        };
+        let joint = Joint::new(Arc::default(), options);
+        let id = MigrationId([1; 16]);
+        let peer = drip::peer(&Message::Join(Join { id, channel: 1 }));
+        std::thread::scope(|scope| {
+            let greeted = greet(scope, peer.into(), id, &joint);
+            joint.end();
+            assert!(matches!(greeted, Err(Error::Silent { .. })));
+        });
     }
 }

@@ -17,11 +17,11 @@ use gleaner_bitmap::Generation;
 use crate::batch::Tally;
 use crate::job::Job;
 use crate::lane::{Lane, MAX_IN_FLIGHT};
-use crate::link::Failure;
+use crate::link::{Failure, Limits};
 use crate::patience::TICK;
 use crate::supply::{Next, Supply};
 use crate::there::There;
-use crate::threads;
+use crate::threads::{self, Finally, panic_met};
 use crate::{Channel, Error, LeaseId, Result};
 
 /// One of several connections, whatever it speaks.
@@ -105,8 +105,9 @@ impl<'a> Lanes<'a> {
         let limits = Arc::clone(&lanes[0].link.limits);
         std::thread::scope(|scope| {
             for (number, lane) in lanes.iter_mut().enumerate() {
-                let work = &work;
+                let (work, limits) = (&work, &limits);
                 let started = threads::start(scope, move || {
+                    let _fails = Finally(|| fail_of_panic(limits));
                     if let Err(error) = work(lane) {
                         fail(lane, number, error);
                     }
@@ -150,6 +151,13 @@ fn told(lanes: &mut [AnyLane]) -> Result<()> {
     }
 }
 
+/// Where the VMM's code panics, the others end too.
+fn fail_of_panic(limits: &Limits) {
+    if let Some(error) = panic_met() {
+        limits.failure.meet(error);
+    }
+}
+
 fn alone<C: Channel>(
     lane: &mut Lane<C>,
     supply: &mut Supply<'_>,
@@ -181,9 +189,15 @@ fn together(lanes: &mut [AnyLane], supply: &mut Supply<'_>, generation: Generati
     let room = lanes.len();
     let limits = Arc::clone(&lanes[0].link.limits);
     std::thread::scope(|scope| {
+        let (board, limits) = (&board, &limits);
+        // However it ends.
+        let _over = Finally(|| {
+            fail_of_panic(limits);
+            board.over();
+        });
         for (number, lane) in lanes.iter_mut().enumerate() {
-            let board = &board;
             let started = threads::start(scope, move || {
+                let _fails = Finally(|| fail_of_panic(limits));
                 if let Err(error) = work(lane, board, generation, there) {
                     fail(lane, number, error);
                     board.over();
@@ -196,7 +210,6 @@ fn together(lanes: &mut [AnyLane], supply: &mut Supply<'_>, generation: Generati
         if let Err(error) = board.feed(supply, room, &limits.failure) {
             limits.failure.meet(error);
         }
-        board.over();
     });
 }
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::patience::{LINGER, TICK, silent_after};
+use crate::patience::{LINGER, TICK, within};
 use crate::wire::{Inlet, Message, Outlet, Payload};
 use crate::{Address, Connector, Error, Result, Source, Status, Stream};
 
@@ -79,14 +79,23 @@ pub enum Outcome {
 
 /// The outcomes that a destination remembers, shared between its connections.
 #[derive(Clone, Debug, Default)]
-pub struct Outcomes(Arc<Mutex<VecDeque<(MigrationId, Outcome)>>>);
+pub struct Outcomes(Arc<Mutex<VecDeque<Known>>>);
+
+/// A migration that is remembered.
+#[derive(Debug)]
+struct Known {
+    id: MigrationId,
+    outcome: Outcome,
+    /// Its source was told READY, and may ask. Otherwise it knows that it has its guest.
+    may_be_asked: bool,
+}
 
 impl Outcomes {
-    /// As many are remembered; of more, refused ones are forgotten first, which leaves their source in doubt but harms
-    /// nobody.
+    /// As many are remembered; of more, those are forgotten first whose source has no reason to ask, then refused ones,
+    /// which leaves their source in doubt but harms nobody.
     const KEPT: usize = 1024;
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(MigrationId, Outcome)>> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Known>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -96,8 +105,8 @@ impl Outcomes {
         let known = self.lock();
         known
             .iter()
-            .find(|(key, _)| *key == id)
-            .map_or(Outcome::Unknown, |(_, outcome)| *outcome)
+            .find(|known| known.id == id)
+            .map_or(Outcome::Unknown, |known| known.outcome)
     }
 
     /// Remembers a migration that begins.
@@ -106,20 +115,36 @@ impl Outcomes {
     /// [`Error::IdUsed`]: a second migration under one id would make the answer ambiguous.
     pub(crate) fn begin(&self, id: MigrationId) -> Result<()> {
         let mut known = self.lock();
-        if known.iter().any(|(key, _)| *key == id) {
+        if known.iter().any(|other| other.id == id) {
             return Err(Error::IdUsed { id });
         }
         if known.len() >= Self::KEPT {
-            let oldest = known.iter().position(|(_, o)| *o == Outcome::Refused);
+            let refused = |known: &Known| known.outcome == Outcome::Refused;
+            let needless = |known: &Known| refused(known) && !known.may_be_asked;
+            let oldest = known.iter().position(needless);
+            let oldest = oldest.or_else(|| known.iter().position(refused));
             known.remove(oldest.unwrap_or(0));
         }
-        known.push_back((id, Outcome::Pending));
+        known.push_back(Known {
+            id,
+            outcome: Outcome::Pending,
+            may_be_asked: false,
+        });
         Ok(())
     }
 
+    /// The source of a migration is told READY.
+    pub(crate) fn may_be_asked(&self, id: MigrationId) {
+        self.change(id, |known| known.may_be_asked = true);
+    }
+
     pub(crate) fn set(&self, id: MigrationId, outcome: Outcome) {
-        if let Some(entry) = self.lock().iter_mut().find(|(key, _)| *key == id) {
-            entry.1 = outcome;
+        self.change(id, |known| known.outcome = outcome);
+    }
+
+    fn change(&self, id: MigrationId, change: impl FnOnce(&mut Known)) {
+        if let Some(known) = self.lock().iter_mut().find(|known| known.id == id) {
+            change(known);
         }
     }
 }
@@ -164,7 +189,7 @@ pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome
         return Err(file(&"file"));
     }
     stream.set_timeouts(Some(TICK), Some(TICK))?;
-    let patience = silent_after("awaiting the outcome", timeout);
+    let patience = within("awaiting the outcome", timeout);
     let mut inlet = Inlet::new(stream.try_clone()?);
     Outlet::new(stream).send(&Message::Query(id), &Payload::None, &patience)?;
     match inlet.receive("awaiting the outcome", &patience)?.1 {
@@ -177,20 +202,24 @@ pub fn ask(stream: Stream, id: MigrationId, timeout: Duration) -> Result<Outcome
     }
 }
 
-/// Answers a connection that asks for an outcome. A migration that begins on it is refused: this end has had its guest.
+/// Answers a connection that asks for an outcome within `timeout`: what it asked for, and what it was told. A migration that begins on it is refused: this end has had its guest.
 ///
 /// # Errors
 /// What is wrong with the connection or the question; the question was not answered then.
-pub fn serve_query(stream: Stream, outcomes: &Outcomes, timeout: Duration) -> Result<Outcome> {
+pub fn serve_query(
+    stream: Stream,
+    outcomes: &Outcomes,
+    timeout: Duration,
+) -> Result<(MigrationId, Outcome)> {
     stream.set_timeouts(Some(TICK), Some(TICK))?;
-    let patience = silent_after("awaiting a question", timeout);
+    let patience = within("awaiting a question", timeout);
     let mut inlet = Inlet::new(stream.try_clone()?);
     let mut outlet = Outlet::new(stream);
     match inlet.receive("awaiting a question", &patience)?.1 {
         Message::Query(id) => {
             let outcome = outcomes.get(id);
             outlet.send(&Message::Outcome(outcome), &Payload::None, &patience)?;
-            Ok(outcome)
+            Ok((id, outcome))
         }
         other => {
             let reason = "this destination takes no further guest: start another one".to_owned();
@@ -219,6 +248,21 @@ pub fn resolve(source: &mut dyn Source, outcome: Outcome) -> Result<Status> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::patience::drip;
+
+    #[test]
+    fn a_question_that_comes_byte_by_byte_takes_no_longer_than_it_may() {
+        let peer = drip::peer(&Message::Query(MigrationId([1; 16])));
+        let answered = serve_query(peer.into(), &Outcomes::default(), drip::LIMIT);
+        assert!(matches!(answered, Err(Error::Silent { .. })));
+    }
+
+    #[test]
+    fn an_answer_that_comes_byte_by_byte_takes_no_longer_than_it_may() {
+        let peer = drip::peer(&Message::Outcome(Outcome::Running));
+        let told = ask(peer.into(), MigrationId([1; 16]), drip::LIMIT);
+        assert!(matches!(told, Err(Error::Silent { .. })));
+    }
 
     #[test]
     fn an_id_reads_back() {
@@ -248,12 +292,18 @@ mod tests {
         outcomes.begin(id(0)).unwrap();
         assert!(matches!(outcomes.begin(id(0)), Err(Error::IdUsed { .. })));
         outcomes.set(id(0), Outcome::Running);
+        outcomes.begin(id(5000)).unwrap();
+        outcomes.may_be_asked(id(5000));
+        outcomes.set(id(5000), Outcome::Refused);
         for n in 1..=Outcomes::KEPT {
             outcomes.begin(id(n)).unwrap();
             outcomes.set(id(n), Outcome::Refused);
         }
         assert_eq!(outcomes.get(id(0)), Outcome::Running);
+        // Whoever is in doubt learns of it, however many strangers come meanwhile.
+        assert_eq!(outcomes.get(id(5000)), Outcome::Refused);
         assert_eq!(outcomes.get(id(1)), Outcome::Unknown);
-        assert_eq!(outcomes.get(id(2)), Outcome::Refused);
+        assert_eq!(outcomes.get(id(2)), Outcome::Unknown);
+        assert_eq!(outcomes.get(id(3)), Outcome::Refused);
     }
 }

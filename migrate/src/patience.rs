@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
 
@@ -46,5 +46,54 @@ pub(crate) fn silent_after(
         } else {
             Ok(())
         }
+    }
+}
+
+/// Waits for the peer until `limit` has passed from now on, however much it says.
+pub(crate) fn within(during: &'static str, limit: Duration) -> impl Fn(Duration) -> Result<()> {
+    let begun = Instant::now();
+    move |_| match begun.elapsed() {
+        after if after >= limit => Err(Error::Silent { during, after }),
+        _ => Ok(()),
+    }
+}
+
+/// Peers that say what they have to say byte by byte.
+#[cfg(test)]
+pub(crate) mod drip {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    use crate::wire::{Message, Outlet, Payload};
+
+    /// More than a tick, so that bytes are waited for one by one; far less than [`LIMIT`].
+    const PAUSE: Duration = Duration::from_millis(60);
+    /// All bytes of a frame together take longer.
+    pub(crate) const LIMIT: Duration = Duration::from_millis(500);
+
+    /// The other end of a peer that says `message` so, until nobody listens.
+    pub(crate) fn peer(message: &Message) -> UnixStream {
+        let (near, far) = UnixStream::pair().unwrap();
+        let frame = frame(message);
+        thread::spawn(move || {
+            let mut near = near;
+            for byte in frame {
+                if near.write_all(&[byte]).is_err() {
+                    return;
+                }
+                thread::sleep(PAUSE);
+            }
+        });
+        far
+    }
+
+    fn frame(message: &Message) -> Vec<u8> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let outlet = file.reopen().unwrap().into();
+        let sent = Outlet::new(outlet).send(message, &Payload::None, &|_| Ok(()));
+        sent.unwrap();
+        std::fs::read(file.path()).unwrap()
     }
 }

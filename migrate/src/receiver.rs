@@ -8,9 +8,9 @@ use vm_memory::VolatileSlice;
 
 use crate::joint::{Joint, keep_the_door};
 use crate::newcomers::GREETING;
-use crate::patience::{LINGER, TICK, silent_after};
+use crate::patience::{LINGER, TICK, silent_after, within};
 use crate::report::Received;
-use crate::threads;
+use crate::threads::{self, Finally};
 use crate::wire::{Inlet, MAX_CHANNELS, Message, Outlet, Patience, Payload};
 use crate::{
     CancelToken, Clock, Destination, Error, Listener, Outcomes, Peer, Reception, Result, Stream,
@@ -103,7 +103,11 @@ impl<'a> Receiver<'a> {
             match &received.error {
                 Some(Error::Cancelled | Error::OnlyQuery) => return Ok(Some(received)),
                 Some(error) if received.migration_id.is_none() && listener.is_socket() => {
-                    tracing::info!(%error, "a connection without a migration");
+                    if error.is_of_a_qemu() {
+                        tracing::warn!(%error, "hung up on a connection");
+                    } else {
+                        tracing::info!(%error, "a connection without a migration");
+                    }
                 }
                 _ => return Ok(Some(received)),
             }
@@ -132,16 +136,16 @@ impl<'a> Receiver<'a> {
         // All other connections have ended before the reception does.
         let ended = thread::scope(|scope| {
             let joint = &joint;
-            let ended = peer.frames(&mut reception, joint, |id| {
+            // Whoever waits at the door is let go of, though the destination panics.
+            let _over = Finally(|| joint.end());
+            peer.frames(&mut reception, joint, |id| {
                 if let Some(listener) = listener {
                     let door = move || keep_the_door(scope, listener, id, joint);
                     if let Err(error) = threads::start(scope, door) {
                         joint.fail(0, error);
                     }
                 }
-            });
-            joint.end();
-            ended
+            })
         });
         let report = reception.end(ended, &mut peer);
         peer.outlet.stream().linger(LINGER);
@@ -177,18 +181,23 @@ impl<'o> StreamPeer<'o> {
         let mut begun = Some(begun);
         loop {
             let doing = reception.doing();
-            let waits = match (reception.id(), reception.is_running()) {
-                (None, _) => self.options.io_timeout.min(GREETING),
-                (_, true) => self.options.io_timeout.min(HEARD),
-                _ => self.options.io_timeout,
-            };
-            let usual = patience(self.options, doing, waits);
+            let io_timeout = self.options.io_timeout;
+            let silent = patience(self.options, doing, io_timeout);
             let running = reception.is_running();
+            // A stranger, and a source whose guest runs here, get so much time, however much they say in it.
+            let limit = match reception.id() {
+                None => Some(GREETING),
+                Some(_) => running.then_some(HEARD),
+            };
+            let limit = limit.map(|limit| within(doing, limit.min(io_timeout)));
             let patience = |after| {
                 if !running {
                     joint.check()?;
                 }
-                usual(after)
+                if let Some(limit) = &limit {
+                    limit(after)?;
+                }
+                silent(after)
             };
             let (header, message) = self.inlet.receive(doing, &patience)?;
             if !running {
@@ -273,5 +282,60 @@ fn patience<'o>(
             return Err(Error::Silent { during, after });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::patience::drip;
+    use crate::wire::{Hello, VERSION};
+    use crate::{MigrationId, NewMemory};
+    use gleaner_bitmap::{BlockInfo, Layout, PAGE_SIZE};
+
+    /// One that nothing may come to.
+    struct Nobody;
+
+    impl Destination for Nobody {
+        fn add_block(&mut self, _: &BlockInfo) -> Result<NewMemory> {
+            unreachable!("a block came")
+        }
+
+        fn remove_block(&mut self, _: &BlockInfo) -> Result<()> {
+            unreachable!("a block went")
+        }
+
+        fn layout(&mut self, _: &Layout) -> Result<()> {
+            unreachable!("a layout came")
+        }
+
+        fn ready(&mut self, _: Vec<u8>) -> Result<()> {
+            unreachable!("a state came")
+        }
+
+        fn run(&mut self) -> Result<()> {
+            unreachable!("a guest came")
+        }
+
+        fn abort(&mut self) {}
+    }
+
+    #[test]
+    fn a_greeting_that_comes_byte_by_byte_takes_no_longer_than_it_may() {
+        let peer = drip::peer(&Message::Hello(Hello {
+            version: VERSION,
+            id: MigrationId([1; 16]),
+            name: "a source".into(),
+            page_size: PAGE_SIZE,
+            channels: 1,
+            local: false,
+        }));
+        let options = ReceiverOptions {
+            io_timeout: drip::LIMIT,
+            ..ReceiverOptions::default()
+        };
+        let received = Receiver::new(&mut Nobody, options).run(peer.into());
+        assert!(matches!(received.error, Some(Error::Silent { .. })));
+        assert_eq!(received.migration_id, None);
     }
 }

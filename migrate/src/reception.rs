@@ -308,6 +308,9 @@ impl<'a> Reception<'a> {
         self.destination.ready(state)?;
         self.phase = Phase::Built;
         self.report.may_be_asked = peer.listens();
+        if let Some(id) = self.id {
+            self.options.outcomes.may_be_asked(id);
+        }
         answer(peer, &Message::Ready)
     }
 

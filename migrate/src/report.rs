@@ -232,6 +232,16 @@ impl Received {
         }
     }
 
+    /// It failed before anything came.
+    #[must_use]
+    pub fn unbegun(reason: String) -> Self {
+        Self {
+            status: Status::Failed,
+            reason: Some(reason),
+            ..Self::nothing()
+        }
+    }
+
     /// It ended with this error.
     pub(crate) fn fail(&mut self, error: Error) {
         self.status = match error {

@@ -321,6 +321,7 @@ pub(crate) struct Session<'a> {
     pub(crate) clock: Clock,
     pub(crate) start: Instant,
     name: String,
+    pub(crate) format: Format,
     pub(crate) verify: bool,
     throttle: ThrottleGoal,
     pub(crate) goal: Goal,
@@ -354,6 +355,7 @@ impl<'a> Session<'a> {
             start,
             clock: options.clock,
             name: options.name,
+            format: options.format,
             verify: options.verify,
             throttle: options.throttle,
             goal: Goal {

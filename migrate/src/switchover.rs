@@ -7,7 +7,7 @@ use gleaner_bitmap::mutant::{self, Mutant};
 use crate::policy::{Decision, Verdict};
 use crate::sender::{Session, millis, unexpected};
 use crate::wire::{Message, Payload, StateBody};
-use crate::{DowntimeParts, Error, Result};
+use crate::{DowntimeParts, Error, Format, Result};
 
 impl Session<'_> {
     /// Stops the guest, sends what is left and its state, and hands it over.
@@ -96,6 +96,17 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// What has become of the guest.
+    fn arrived(&mut self) -> &'static str {
+        let file = !self.lanes.lead().link.is_answered();
+        match self.format {
+            Format::Native if file => "the guest is in the file",
+            Format::Native => "the guest runs at the destination",
+            Format::Qemu(_) if file => "the guest's memory is in the file, for a QEMU",
+            Format::Qemu(_) => "the guest's memory is at the QEMU",
+        }
+    }
+
     /// The guest runs there. Nothing that fails from here on changes that.
     fn completed(&mut self, mark: &crate::rounds::Mark) {
         if let Some(stopped) = self.stopped.take() {
@@ -105,7 +116,7 @@ impl Session<'_> {
         let done = Decision {
             verdict: Verdict::Done,
             forecast: None,
-            reason: "the guest runs at the destination".into(),
+            reason: self.arrived().into(),
         };
         let progress = self.progress(self.report.rounds + 1, mark, &done);
         self.tell(progress);

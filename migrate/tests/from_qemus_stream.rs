@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, Write};
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gleaner_bitmap::PageRange;
@@ -128,6 +129,11 @@ impl Written {
             .put(b"\0\x06")
             .put(&length)
             .put(text)
+    }
+
+    /// The last section, with a page of zeros for `rom`.
+    fn zero_rom() -> Self {
+        Self::default().last().put(b"\0\0\0\0\0\0\0\x02\x03rom\0")
     }
 
     /// A migration of one connection: whole pages, zeros, what has changed, in two rounds.
@@ -332,22 +338,47 @@ fn packet(flags: u8, normal: &[u8], zero: &[u8], byte: u8) -> Vec<u8> {
 }
 
 struct Lines {
+    path: PathBuf,
     main: UnixStream,
     others: Vec<UnixStream>,
 }
 
 impl Lines {
-    fn connect(path: &std::path::Path, count: u8) -> Self {
+    fn connect(path: &Path, count: u8) -> Self {
         let main = UnixStream::connect(path).unwrap();
-        let other = |channel| {
-            let mut line = UnixStream::connect(path).unwrap();
-            line.write_all(&hello(channel)).unwrap();
-            line
-        };
-        Self {
+        let mut lines = Self {
+            path: path.to_owned(),
             main,
-            others: (0..count).map(other).collect(),
+            others: Vec::new(),
+        };
+        for channel in 0..count {
+            let line = lines.join(channel);
+            lines.others.push(line);
         }
+        lines
+    }
+
+    /// A further connection.
+    fn join(&self, channel: u8) -> UnixStream {
+        let mut line = UnixStream::connect(&self.path).unwrap();
+        line.write_all(&hello(channel)).unwrap();
+        line
+    }
+
+    /// All pages, over the first connection of multifd and the main one, which end well. Bytes on both.
+    fn one_round(&mut self) -> usize {
+        self.others[0]
+            .write_all(&packet(SYNC, &[], &[], 0))
+            .unwrap();
+        let begun = Written::begun().end_of_section();
+        self.main.write_all(&begun.bytes).unwrap();
+        assert_eq!(&self.answer(), PONG);
+        self.others[0]
+            .write_all(&packet(SYNC, &[0, 2], &[1], 5))
+            .unwrap();
+        let last = Written::zero_rom().end_of_section().devices();
+        self.main.write_all(&last.bytes).unwrap();
+        begun.bytes.len() + last.bytes.len() + 64 + 1344 + 1344 + 2 * 4096
     }
 
     /// What the return path says next.
@@ -360,6 +391,15 @@ impl Lines {
 
 /// Lets `drive` send over several connections to one that receives.
 fn over_multifd(count: u8, drive: impl FnOnce(&mut Lines) + Send) -> (QemuReceived, Kept) {
+    expecting(count, count, drive)
+}
+
+/// Lets `drive` send over `count` connections to one that expects another number.
+fn expecting(
+    channels: u8,
+    count: u8,
+    drive: impl FnOnce(&mut Lines) + Send,
+) -> (QemuReceived, Kept) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("in");
     let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
@@ -371,7 +411,7 @@ fn over_multifd(count: u8, drive: impl FnOnce(&mut Lines) + Send) -> (QemuReceiv
             // Until the other end hangs up.
             let _ = lines.main.read_to_end(&mut Vec::new());
         });
-        let receiver = QemuReceiver::new(&mut kept, CancelToken::new());
+        let receiver = QemuReceiver::new(&mut kept, CancelToken::new()).channels(channels);
         receiver.listen(&listener).unwrap()
     });
     (received, kept)
@@ -380,6 +420,7 @@ fn over_multifd(count: u8, drive: impl FnOnce(&mut Lines) + Send) -> (QemuReceiv
 const SYNC: u8 = 1;
 const PONG: &[u8; 8] = b"\0\x02\0\x04abcd";
 const SHUT: &[u8; 8] = b"\0\x01\0\x04\0\0\0\0";
+const FAILED: &[u8; 8] = b"\0\x01\0\x04\0\0\0\x01";
 
 /// Page 0 goes over one connection in the first round, and over the other in the second; marks stand for themselves, or
 /// sections' ends do.
@@ -401,10 +442,7 @@ fn two_rounds(lines: &mut Lines, marks: bool) {
         .write_all(&packet(SYNC, &[0], &[], 7))
         .unwrap();
     let round = mark(Written::default().part()).end_of_section();
-    let zero = Written::default()
-        .last()
-        .put(b"\0\0\0\0\0\0\0\x02\x03rom\0");
-    let last = mark(zero).end_of_section().devices();
+    let last = mark(Written::zero_rom()).end_of_section().devices();
     lines.main.write_all(&round.bytes).unwrap();
     lines.main.write_all(&last.bytes).unwrap();
     lines.others[0]
@@ -417,7 +455,7 @@ fn two_rounds(lines: &mut Lines, marks: bool) {
 #[test]
 fn a_later_page_wins_on_whichever_connection_it_comes() {
     // Whoever does not wait is first by chance: in one of three runs it was seen.
-    for marks in [false, true].repeat(30) {
+    for marks in [false, true].repeat(10) {
         let (received, kept) = over_multifd(2, |lines| two_rounds(lines, marks));
         assert_eq!(received.status, Status::Completed, "{:?}", received.reason);
         for (page, byte) in [(0, 7), (1, 0), (2, 5)] {
@@ -444,7 +482,7 @@ fn a_connection_that_breaks_off_is_told_and_the_source_hears_of_it() {
             .write_all(&packet(0, &[2], &[], 5)[..2000])
             .unwrap();
         lines.others.pop();
-        assert_eq!(&lines.answer(), b"\0\x01\0\x04\0\0\0\x01");
+        assert_eq!(&lines.answer(), FAILED);
     });
     assert_eq!(received.status, Status::Failed);
     assert!(
@@ -472,15 +510,168 @@ fn pages_that_no_sync_stands_behind_are_not_taken_for_whole() {
         // All pages have come and met. One comes again, and half of another.
         let again = &packet(0, &[0, 1, 2], &[], 6)[..12_000];
         lines.others[0].write_all(again).unwrap();
-        let last = Written::default()
-            .last()
-            .put(b"\0\0\0\0\0\0\0\x02\x03rom\0");
-        let last = last.end_of_section().devices();
+        let last = Written::zero_rom().end_of_section().devices();
         lines.main.write_all(&last.bytes).unwrap();
-        assert_eq!(&lines.answer(), b"\0\x01\0\x04\0\0\0\x01");
+        assert_eq!(&lines.answer(), FAILED);
     });
     assert_eq!(received.status, Status::Failed);
     assert_eq!(kept.device_state, None);
+}
+
+#[test]
+fn pages_behind_the_last_mark_are_an_error_though_a_sync_stands_behind_them() {
+    let (received, kept) = over_multifd(1, |lines| {
+        lines.others[0]
+            .write_all(&packet(SYNC, &[], &[], 0))
+            .unwrap();
+        let begun = Written::begun().end_of_section();
+        lines.main.write_all(&begun.bytes).unwrap();
+        assert_eq!(&lines.answer(), PONG);
+        let line = &mut lines.others[0];
+        line.write_all(&packet(SYNC, &[0, 2], &[1], 5)).unwrap();
+        line.write_all(&packet(SYNC, &[1], &[], 6)).unwrap();
+        let last = Written::zero_rom().end_of_section().devices();
+        lines.main.write_all(&last.bytes).unwrap();
+        assert_eq!(&lines.answer(), FAILED);
+    });
+    let said = received.reason.unwrap_or_default();
+    assert!(said.contains("no mark"), "{said}");
+    assert_eq!(kept.device_state, None);
+}
+
+#[test]
+fn a_last_sync_without_pages_is_none_too_many() {
+    let (received, _) = over_multifd(1, |lines| {
+        lines.others[0]
+            .write_all(&packet(SYNC, &[], &[], 0))
+            .unwrap();
+        let begun = Written::begun().mark().end_of_section();
+        lines.main.write_all(&begun.bytes).unwrap();
+        assert_eq!(&lines.answer(), PONG);
+        let line = &mut lines.others[0];
+        line.write_all(&packet(SYNC, &[0, 2], &[1], 5)).unwrap();
+        // From 8.1 to 9.2 a last one belongs to no mark.
+        line.write_all(&packet(SYNC, &[], &[], 0)).unwrap();
+        let last = Written::zero_rom().mark().end_of_section().devices();
+        lines.main.write_all(&last.bytes).unwrap();
+        assert_eq!(&lines.answer(), SHUT);
+    });
+    assert_eq!(received.status, Status::Completed, "{:?}", received.reason);
+}
+
+#[test]
+fn a_source_that_uses_multifd_unasked_is_told_of_channels() {
+    let (received, kept) = expecting(0, 1, |lines| {
+        let begun = Written::begun().end_of_section();
+        lines.main.write_all(&begun.bytes).unwrap();
+        assert_eq!(&lines.answer(), PONG);
+        assert_eq!(&lines.answer(), FAILED);
+    });
+    assert!(
+        matches!(received.error, Some(Error::MultifdUnasked)),
+        "{received:?}"
+    );
+    assert!(received.reason.unwrap().contains("--channels"));
+    assert_eq!(kept.device_state, None);
+}
+
+#[test]
+fn connections_that_do_not_come_are_counted() {
+    for came in [0, 1] {
+        let (received, _) = expecting(2, came, |lines| {
+            let begun = Written::begun().end_of_section();
+            lines.main.write_all(&begun.bytes).unwrap();
+            assert_eq!(&lines.answer(), PONG);
+            assert_eq!(&lines.answer(), FAILED);
+        });
+        let said = received.reason.unwrap_or_default();
+        assert!(said.contains(&format!("{came} of 2")), "{said}");
+    }
+}
+
+#[test]
+fn a_connection_is_awaited_before_any_page_is_taken() {
+    let (received, kept) = expecting(1, 0, |lines| {
+        let begun = Written::begun().end_of_section().part().end_of_section();
+        lines.main.write_all(&begun.bytes).unwrap();
+        // The other end is at the first mark soon.
+        assert_eq!(&lines.answer(), PONG);
+        let mut line = lines.join(0);
+        line.write_all(&packet(SYNC, &[], &[], 0)).unwrap();
+        line.write_all(&packet(SYNC, &[0, 2], &[1], 5)).unwrap();
+        line.write_all(&packet(SYNC, &[], &[], 0)).unwrap();
+        let last = Written::zero_rom().end_of_section().devices();
+        lines.main.write_all(&last.bytes).unwrap();
+        assert_eq!(&lines.answer(), SHUT);
+    });
+    assert_eq!(received.status, Status::Completed, "{:?}", received.reason);
+    assert!(kept.page("a/b", 2) == [5; 4096]);
+}
+
+#[test]
+fn a_stranger_among_the_connections_is_never_taken_for_one() {
+    // One too many, or one with a number that is taken.
+    for (channel, reason) in [(1, "--channels 1"), (0, "came twice")] {
+        let (received, kept) = over_multifd(1, |lines| {
+            let _stranger = lines.join(channel);
+            let begun = Written::begun().end_of_section();
+            lines.main.write_all(&begun.bytes).unwrap();
+            assert_eq!(&lines.answer(), PONG);
+            assert_eq!(&lines.answer(), FAILED);
+        });
+        let said = received.reason.unwrap_or_default();
+        assert!(said.contains(reason), "{said}, not {reason}");
+        assert_eq!(kept.device_state, None);
+    }
+    // One that comes when all are there.
+    let (received, kept) = over_multifd(1, |lines| {
+        let sync = packet(SYNC, &[], &[], 0);
+        lines.others[0].write_all(&sync).unwrap();
+        let begun = Written::begun().end_of_section();
+        let question = b"\x08\0\x02\0\x04abcd";
+        lines.main.write_all(&begun.put(question).bytes).unwrap();
+        // The second answer comes from behind the first mark.
+        assert_eq!([&lines.answer(), &lines.answer()], [PONG, PONG]);
+        let mut stranger = lines.join(0);
+        stranger.write_all(&packet(SYNC, &[0], &[], 9)).unwrap();
+        let line = &mut lines.others[0];
+        line.write_all(&packet(SYNC, &[0, 2], &[1], 5)).unwrap();
+        let last = Written::zero_rom().end_of_section().devices();
+        lines.main.write_all(&last.bytes).unwrap();
+        assert_eq!(&lines.answer(), SHUT);
+    });
+    assert_eq!(received.status, Status::Completed, "{:?}", received.reason);
+    assert!(kept.page("a/b", 0) == [5; 4096]);
+}
+
+#[test]
+fn a_connection_left_of_a_source_that_has_gone_is_not_taken_for_a_new_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("in");
+    let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
+    let mut gone = UnixStream::connect(&path).unwrap();
+    gone.write_all(&hello(0)).unwrap();
+    gone.write_all(&packet(SYNC, &[0], &[], 9)).unwrap();
+    drop(gone);
+    let mut kept = Kept::default();
+    let received = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut lines = Lines::connect(&path, 1);
+            lines.one_round();
+            assert_eq!(&lines.answer(), SHUT);
+        });
+        let receiver = QemuReceiver::new(&mut kept, CancelToken::new()).channels(1);
+        receiver.listen(&listener).unwrap()
+    });
+    assert_eq!(received.status, Status::Completed, "{:?}", received.reason);
+    assert!(kept.page("a/b", 0) == [5; 4096]);
+}
+
+#[test]
+fn bytes_of_all_connections_are_counted() {
+    let mut bytes = 0;
+    let (received, _) = over_multifd(1, |lines| bytes = lines.one_round());
+    assert_eq!(received.bytes, bytes as u64);
 }
 
 #[test]

@@ -392,7 +392,7 @@ fn a_doubt_is_resolved_by_asking() {
             let serving =
                 scope.spawn(|| serve_query(listener.accept().unwrap(), &outcomes, limit).unwrap());
             let asked = query(&to, report.migration_id, limit).unwrap();
-            assert_eq!(serving.join().unwrap(), asked);
+            assert_eq!(serving.join().unwrap(), (report.migration_id, asked));
             asked
         });
         assert_eq!(outcome, expected);

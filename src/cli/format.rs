@@ -7,7 +7,8 @@ use gleaner_migrate::{Format, MultifdSync, QemuOptions};
 #[derive(Clone, Debug, Args)]
 pub struct FormatOptions {
     /// What the destination reads: native is `gleaner receive`; qemu is a stock QEMU started with -incoming, which gets the
-    /// RAM blocks by their names, and no state of vCPUs and devices.
+    /// RAM blocks by their names, and no state of vCPUs and devices. Of --channels, 1 is without multifd then, and more are
+    /// as many as the QEMU's multifd-channels. It goes without --tls, --verify, --compress and --local.
     #[arg(long, value_enum, default_value_t = Written::Native)]
     pub format: Written,
     /// The QEMU's machine, with its version: none, pc-i440fx-7.2. None unless given.

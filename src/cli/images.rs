@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use gleaner_bitmap::PAGE_SIZE;
@@ -13,35 +12,34 @@ use gleaner_migrate::{
     Result, Status,
 };
 
-use super::Failure;
-use super::output::Output;
-use crate::vmm::empty_ram_file;
+use crate::vmm::{empty_ram_file, lock_ram_file};
 
-/// Receives from one QEMU into `dir`.
+/// Receives from one QEMU into `dir`, over its main connection and as many of multifd as `channels`.
 pub fn receive(
     listener: &Listener,
     dir: &Path,
+    channels: u8,
     cancel: CancelToken,
-    output: Output,
-) -> std::result::Result<ExitCode, Failure> {
+) -> Result<QemuReceived> {
     let mut images = Directory {
         path: dir.to_owned(),
+        blocks: Vec::new(),
     };
-    images.clear().map_err(output.failure())?;
+    images.clear()?;
     let received = QemuReceiver::new(&mut images, cancel)
-        .listen(listener)
-        .map_err(output.failure())?;
-    output.result(&received, || summary(&received, dir));
-    if let Some(reason) = &received.reason {
-        eprintln!("gleaner: {reason}");
-        return Ok(ExitCode::FAILURE);
+        .channels(channels)
+        .listen(listener)?;
+    if received.status != Status::Completed {
+        images.remove();
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(received)
 }
 
 /// A file for each block, and one for the devices, which is there only when all memory is.
 struct Directory {
     path: PathBuf,
+    /// Of the blocks that come.
+    blocks: Vec<PathBuf>,
 }
 
 impl Directory {
@@ -49,13 +47,24 @@ impl Directory {
         self.path.join("device-state")
     }
 
+    /// Where it is while it is written.
+    fn half_device_state(&self) -> PathBuf {
+        self.path.join("device-state.part")
+    }
+
     /// What an earlier guest left must not be taken for this one's.
     fn clear(&self) -> Result<()> {
-        match fs::remove_file(self.device_state()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(failed(&self.device_state(), &error))
+        let path = self.device_state();
+        remove(&path).map_err(|error| failed(&path, &error))
+    }
+
+    /// Half a guest must not be taken for one.
+    fn remove(&self) {
+        let half = self.half_device_state();
+        for path in self.blocks.iter().chain([&half]) {
+            if let Err(error) = remove(path) {
+                eprintln!("gleaner: {} is of no use: {error}", path.display());
             }
-            _ => Ok(()),
         }
     }
 
@@ -71,16 +80,29 @@ impl Images for Directory {
     fn add_block(&mut self, name: &str, pages: u64) -> Result<NewMemory> {
         let path = self.path.join(format!("{}.ram", file_name(name)));
         let fail = |error: io::Error| failed(&path, &error);
-        let file = empty_ram_file(&path, pages * PAGE_SIZE).map_err(fail)?;
+        let file = lock_ram_file(&path).map_err(fail)?;
+        // From here on what it held is gone.
+        self.blocks.push(path.clone());
+        empty_ram_file(&file, pages * PAGE_SIZE).map_err(fail)?;
         let memory = MappedMemory::of_file(file, pages)?;
         Ok(NewMemory::zero(Arc::new(memory)))
     }
 
     fn complete(&mut self, device_state: &[u8]) -> Result<()> {
-        let path = self.device_state();
-        Self::create(&path)
+        let half = self.half_device_state();
+        Self::create(&half)
             .and_then(|mut file| file.write_all(device_state))
-            .map_err(|error| failed(&path, &error))
+            .map_err(|error| failed(&half, &error))?;
+        let whole = self.device_state();
+        fs::rename(&half, &whole).map_err(|error| failed(&whole, &error))
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -103,11 +125,8 @@ fn file_name(name: &str) -> String {
     file
 }
 
-fn summary(received: &QemuReceived, dir: &Path) -> String {
-    let status = match received.status {
-        Status::Completed => "completed",
-        _ => "not completed",
-    };
+/// What came, for people.
+pub fn summary(received: &QemuReceived, dir: &Path) -> String {
     let QemuReceived {
         machine,
         blocks,
@@ -120,8 +139,13 @@ fn summary(received: &QemuReceived, dir: &Path) -> String {
         total_ms,
         ..
     } = received;
+    if received.status != Status::Completed {
+        return format!(
+            "not completed: {pages} pages, {zero_pages} zero pages and {delta_pages} changes had come, and were removed"
+        );
+    }
     format!(
-        "{status}: machine {machine}, RAM blocks: {blocks}, pages: {pages} whole, {zero_pages} zero, {delta_pages} as what \
+        "completed: machine {machine}, RAM blocks: {blocks}, pages: {pages} whole, {zero_pages} zero, {delta_pages} as what \
          had changed, in {sections} sections and {channels} connections of multifd, {device_state_bytes} bytes of \
          devices, in {total_ms:.0} ms, into {}",
         dir.display()

@@ -2,6 +2,7 @@
 
 mod compare;
 mod demo;
+mod doubts;
 mod dry_run;
 mod format;
 mod guest;
@@ -71,7 +72,7 @@ pub fn main() -> ExitCode {
         }
     }
     // Whom a destination turned away, its user wants to know.
-    let usual = "error,gleaner_migrate::tls=warn,gleaner_migrate::newcomers=warn,gleaner_migrate::qemu=warn";
+    let usual = "error,gleaner_migrate::tls=warn,gleaner_migrate::newcomers=warn,gleaner_migrate::receiver=warn,gleaner_migrate::qemu=warn";
     let filter = cli.log.unwrap_or_else(|| usual.into());
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))

@@ -151,7 +151,7 @@ pub struct MigrationOptions {
 /// How the ends of a migration know each other.
 #[derive(Clone, Debug, Args)]
 pub struct TlsOptions {
-    /// Mutual TLS, and no connection without: DIR holds ca-cert.pem, and for `send` client-cert.pem and client-key.pem, for `receive` server-cert.pem (made out to HOST of tcp:HOST:PORT, else to localhost) and server-key.pem.
+    /// Mutual TLS, and no connection without: DIR holds ca-cert.pem, and for `send` client-cert.pem and client-key.pem, for `receive` server-cert.pem (made out to HOST of tcp:HOST:PORT, else to localhost) and server-key.pem. Not with --format qemu.
     #[cfg(feature = "tls")]
     #[arg(long, value_name = "DIR")]
     pub tls: Option<PathBuf>,

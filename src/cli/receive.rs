@@ -1,16 +1,16 @@
 //! `gleaner receive`: the destination.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use gleaner_migrate::{
-    Address, CancelToken, Error, Listener, MigrationId, Outcome, Outcomes, Received, Receiver,
-    ReceiverOptions, Status, serve_query,
+    Address, CancelToken, Error, Listener, MigrationId, Outcomes, QemuReceived, Received, Receiver,
+    ReceiverOptions, Status,
 };
 
 use super::Failure;
+use super::doubts::{self, Doubts};
 use super::format::Written;
 use super::guest::watch;
 use super::images;
@@ -19,13 +19,6 @@ use super::output::Output;
 use crate::Tracking;
 use crate::service::ServiceSocket;
 use crate::vmm::{IncomingMachine, Machine};
-
-/// How long a peer that asks may be silent.
-const QUERY_PATIENCE: Duration = Duration::from_secs(2);
-/// Between two questions, after one that could not be answered.
-const RETRY: Duration = Duration::from_millis(50);
-/// How long the end of a migration that the source may not have heard of is kept for its question.
-const DOUBT: Duration = Duration::from_secs(600);
 
 /// The command's options.
 #[derive(Debug, Args)]
@@ -36,21 +29,27 @@ pub struct Receive {
     /// Where: tcp:HOST:PORT, unix:PATH, fd:N or file:PATH.
     #[arg(long, value_name = "ADDR")]
     pub listen: Address,
-    /// Keep the memory of each block in DIR/<block>.ram, DIR made when it is missing; in memory only unless given.
+    /// Keep the memory of each block in DIR/<block>.ram, DIR made when it is missing; in memory only unless given. Of a QEMU
+    /// that fails or is called off, the files are removed.
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
     /// What the source writes: native is `gleaner send`; qemu is a stock QEMU, each RAM block of which becomes
-    /// DIR/<block>.ram, and its devices DIR/device-state, as they came.
+    /// DIR/<block>.ram of --ram-dir, and its devices DIR/device-state, as they came. No guest runs of it, so it goes
+    /// without --resume, --backend and --control, and without --tls.
     #[arg(long, value_enum, default_value_t = Written::Native)]
     pub format: Written,
+    /// Connections of multifd, as many as the source's multifd-channels, 1 to 255; no multifd unless given. Each is
+    /// awaited, no other is taken. Only with --format qemu.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub channels: Option<u8>,
     /// Run the guest when it has come.
     #[arg(long)]
     pub resume: bool,
-    /// What runs the guest; it has to be what ran it at the source.
-    #[arg(long, value_enum, default_value_t = BackendChoice::Auto, requires = "resume")]
-    pub backend: BackendChoice,
-    /// Serve the guest again at this socket, for a second hop.
-    #[arg(long, value_name = "PATH", requires = "resume")]
+    /// What runs the guest, auto unless given; it has to be what ran it at the source. Only with --resume.
+    #[arg(long, value_enum)]
+    pub backend: Option<BackendChoice>,
+    /// Serve the guest again at this socket, for a second hop. Only with --resume.
+    #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
     #[command(flatten)]
     pub tls: TlsOptions,
@@ -64,16 +63,30 @@ impl Receive {
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
         if self.format == Written::Qemu {
-            return self.run_qemu(output);
+            return Ok(self.run_qemu(output));
         }
+        let ended = self.run_native(output);
+        Ok(ended.unwrap_or_else(|failure| {
+            eprintln!("gleaner: {}", failure.reason);
+            if output.json {
+                output.result(&Received::unbegun(failure.reason), String::new);
+            }
+            ExitCode::FAILURE
+        }))
+    }
+
+    fn run_native(self, output: Output) -> Result<ExitCode, Failure> {
         let mut destination = IncomingMachine::new();
         if let Some(dir) = &self.ram_dir {
             std::fs::create_dir_all(dir)
-                .map_err(|e| output.failure()(format!("{}: {e}", dir.display())))?;
+                .map_err(|e| output.failure()(format!("--ram-dir {}: {e}", dir.display())))?;
             destination = destination.ram_dir(dir.clone());
         }
         if self.resume {
-            destination = destination.resume(self.backend.settle(), Tracking::Auto);
+            destination = destination.resume(
+                self.backend.unwrap_or(BackendChoice::Auto).settle(),
+                Tracking::Auto,
+            );
         }
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
@@ -102,8 +115,16 @@ impl Receive {
                 }));
             }
             let heard = Receiver::new(&mut destination, options.clone())
-                .listen_until(&listener, doubts.end)
-                .map_err(output.failure())?;
+                .listen_until(&listener, doubts.end());
+            let heard = match heard {
+                Err(error) if doubts.end().is_some() => {
+                    // It must be there to be asked, whatever becomes of others.
+                    eprintln!("gleaner: {error}");
+                    std::thread::sleep(doubts::RETRY);
+                    continue;
+                }
+                heard => heard.map_err(output.failure())?,
+            };
             let Some(received) = heard else {
                 break;
             };
@@ -122,29 +143,41 @@ impl Receive {
                 if let Some(machine) = destination.take_machine() {
                     return Ok(host(&machine, control, &listener, &outcomes, &cancel));
                 }
-                if received.may_be_asked && listener.is_socket() {
-                    say_doubt("its question");
-                    answer_queries(&listener, &outcomes, &cancel, Some(Instant::now() + DOUBT));
+                if let Some(id) = in_doubt(&received, &listener) {
+                    doubts.begin(id);
                 }
+                if doubts.end().is_some() {
+                    Doubts::say("its question");
+                }
+                doubts.wait_out(&listener, &outcomes, &cancel);
                 return Ok(ExitCode::SUCCESS);
             }
             let reason = received.reason.as_deref();
             eprintln!("gleaner: {}", reason.unwrap_or("nothing was received"));
-            if let Some(id) = received.migration_id.filter(|_| received.may_be_asked)
-                && listener.is_socket()
-            {
+            let doubt = in_doubt(&received, &listener);
+            if let Some(id) = doubt {
                 doubts.begin(id);
-                say_doubt("its question, or another guest,");
+                Doubts::say("its question, or another guest,");
             }
-            last = Some(received);
-            if doubts.ids.is_empty() {
+            // What is told in the end is about the guest that is awaited, not about whoever came after it.
+            if doubt.is_some() || last.is_none() {
+                last = Some(received);
+            }
+            if doubts.end().is_none() {
                 break;
             }
             // It has been recorded that this guest never runs here, so another one may come. Until then agents are told that
             // there is none.
             drop(control.take());
-            control = bind().map_err(output.failure())?;
+            match bind() {
+                Ok(again) => control = again,
+                Err(error) => {
+                    eprintln!("gleaner: no other guest is taken: {error}");
+                    break;
+                }
+            }
         }
+        doubts.wait_out(&listener, &outcomes, &cancel);
         if let Some(received) = last {
             output.result(&received, || summary(&received));
         }
@@ -152,33 +185,10 @@ impl Receive {
     }
 }
 
-fn say_doubt(awaited: &str) {
-    eprintln!(
-        "gleaner: the source may be in doubt of this: awaiting {awaited} for {} s, Ctrl-C ends it",
-        DOUBT.as_secs()
-    );
-}
-
-/// Migrations that failed here, whose sources may not have heard of it.
-#[derive(Default)]
-struct Doubts {
-    ids: Vec<MigrationId>,
-    /// So long they are awaited.
-    end: Option<Instant>,
-}
-
-impl Doubts {
-    fn begin(&mut self, id: MigrationId) {
-        self.ids.push(id);
-        self.end = Some(Instant::now() + DOUBT);
-    }
-
-    /// A source has asked. Whether it was the last one that is awaited.
-    fn settled(&mut self, id: MigrationId) -> bool {
-        let before = self.ids.len();
-        self.ids.retain(|awaited| *awaited != id);
-        before > 0 && self.ids.is_empty()
-    }
+/// The migration, if its source may ask how it ended.
+fn in_doubt(received: &Received, listener: &Listener) -> Option<MigrationId> {
+    let id = received.migration_id.filter(|_| received.may_be_asked);
+    id.filter(|_| listener.is_socket())
 }
 
 impl Receive {
@@ -189,27 +199,56 @@ impl Receive {
                 "--format qemu keeps what comes in files: add --ram-dir DIR"
             }
             Written::Qemu if self.resume => "a guest of a QEMU can't run here: leave out --resume",
+            Written::Qemu if self.control.is_some() => {
+                "a guest of a QEMU can't run here, nor be served: leave out --control"
+            }
+            Written::Qemu if self.backend.is_some() => {
+                "a guest of a QEMU can't run here: leave out --backend"
+            }
             Written::Qemu if self.tls.is_asked_for() => {
                 "--format qemu goes without TLS: leave out --tls"
+            }
+            Written::Qemu if self.channels.is_some() && matches!(self.listen, Address::File(_)) => {
+                "a file has no connections of multifd: leave out --channels"
+            }
+            Written::Native if self.control.is_some() && !self.resume => {
+                "--control serves a guest that runs here: add --resume"
+            }
+            Written::Native if self.backend.is_some() && !self.resume => {
+                "--backend runs the guest: add --resume"
+            }
+            Written::Native if self.channels.is_some() => {
+                "`gleaner send` says itself how many connections there are: leave out --channels, or add --format qemu"
             }
             Written::Native | Written::Qemu => return Ok(()),
         };
         Err(problem.into())
     }
 
+    fn run_qemu(self, output: Output) -> ExitCode {
+        let dir = self.ram_dir.as_deref().unwrap_or(Path::new("."));
+        let received = self.receive_qemu(dir);
+        let received = received.unwrap_or_else(QemuReceived::unbegun);
+        output.result(&received, || images::summary(&received, dir));
+        if let Some(reason) = &received.reason {
+            eprintln!("gleaner: {reason}");
+            return ExitCode::FAILURE;
+        }
+        ExitCode::SUCCESS
+    }
+
     /// Receives from a stock QEMU.
-    fn run_qemu(self, output: Output) -> Result<ExitCode, Failure> {
-        let dir = self.ram_dir.unwrap_or_default();
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| output.failure()(format!("{}: {e}", dir.display())))?;
+    fn receive_qemu(&self, dir: &Path) -> gleaner_migrate::Result<QemuReceived> {
+        std::fs::create_dir_all(dir)
+            .map_err(|e| Error::destination(format!("--ram-dir {}: {e}", dir.display())))?;
         let cancel = CancelToken::new();
-        cancel_on_signal(&cancel).map_err(output.failure())?;
-        let listener = Listener::bind(&self.listen).map_err(output.failure())?;
+        cancel_on_signal(&cancel).map_err(Error::destination)?;
+        let listener = Listener::bind(&self.listen)?;
         eprintln!(
             "gleaner: listening at {}",
             listener_name(&self.listen, &listener)
         );
-        images::receive(&listener, &dir, cancel, output)
+        images::receive(&listener, dir, self.channels.unwrap_or(0), cancel)
     }
 }
 
@@ -226,7 +265,7 @@ fn host(
         eprintln!("gleaner: the guest runs, but can't be served again: {error}");
     }
     std::thread::scope(|scope| {
-        scope.spawn(|| answer_queries(listener, outcomes, cancel, None));
+        scope.spawn(|| doubts::answer(listener, outcomes, cancel));
         let watched = watch(machine, cancel);
         // The queries end with the guest.
         cancel.cancel();
@@ -238,34 +277,6 @@ fn host(
             }
         }
     })
-}
-
-/// Answers sources that are in doubt: until `end`, or until one has been told what it asked for, if there is an end.
-fn answer_queries(
-    listener: &Listener,
-    outcomes: &Outcomes,
-    cancel: &CancelToken,
-    end: Option<Instant>,
-) {
-    if !listener.is_socket() {
-        return;
-    }
-    loop {
-        let answered = match listener.accept_until(cancel, end) {
-            Ok(Some(stream)) => serve_query(stream, outcomes, QUERY_PATIENCE),
-            Ok(None) | Err(Error::Cancelled) => return,
-            Err(error) => Err(error),
-        };
-        match answered {
-            Ok(Outcome::Running | Outcome::Refused) if end.is_some() => return,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "query");
-                // An error that stays, such as too many open files, must not keep a core busy.
-                std::thread::sleep(RETRY);
-            }
-        }
-    }
 }
 
 /// Where it listens, the port that was chosen for port 0 included.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Layout, PAGE_SIZE};
@@ -104,7 +104,8 @@ impl IncomingMachine {
             path: path.clone(),
             source,
         };
-        let file = empty_ram_file(&path, bytes).map_err(fail)?;
+        let file = lock_ram_file(&path).map_err(fail)?;
+        empty_ram_file(&file, bytes).map_err(fail)?;
         Ok(Block::file(&info.name, file, bytes)?)
     }
 
@@ -171,12 +172,10 @@ impl IncomingMachine {
 }
 
 /// An empty file for the memory of a block, which nobody else has, with its room on the disk taken.
-pub(crate) fn empty_ram_file(path: &Path, bytes: u64) -> io::Result<File> {
-    let file = lock_ram_file(path)?;
+pub(crate) fn empty_ram_file(file: &File, bytes: u64) -> io::Result<()> {
     file.set_len(0)?;
     file.set_len(bytes)?;
-    reserve(&file, bytes)?;
-    Ok(file)
+    reserve(file, bytes)
 }
 
 /// Takes the room of a file on its disk now: a guest that has come must not be killed, at the first write to a page that the

@@ -242,7 +242,7 @@ fn ram_file(path: &Path, bytes: u64) -> Result<File, MachineError> {
 }
 
 /// Opens a file for guest memory, which is secret, and keeps other machines out of it for as long as it is open.
-pub(super) fn lock_ram_file(path: &Path) -> io::Result<File> {
+pub(crate) fn lock_ram_file(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)

@@ -19,4 +19,6 @@ pub use backend::Backend;
 #[cfg(feature = "cli")]
 pub(crate) use incoming::empty_ram_file;
 pub use incoming::{IncomingMachine, OnComplete};
+#[cfg(feature = "cli")]
+pub(crate) use machine::lock_ram_file;
 pub use machine::{Machine, MachineConfig, MachineError, MachineStatus};

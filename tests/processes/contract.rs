@@ -32,6 +32,8 @@ fn wrong_usage_is_2_and_names_the_fault() {
     let guest = ["guest", "--control", "/nowhere/socket"];
     let send = ["send", "--json", "--control", "/nowhere", "--to", "unix:/x"];
     let qemu = [&send[..], &["--format", "qemu"]].concat();
+    let from_qemu = "receive --listen unix:/x --format qemu --ram-dir /nowhere/x";
+    let from_qemu: Vec<_> = from_qemu.split(' ').collect();
     let with = |base: &[&'static str], more: &[&'static str]| [base, more].concat();
     for (args, fault) in [
         (vec![], "Usage"),
@@ -168,6 +170,21 @@ fn wrong_usage_is_2_and_names_the_fault() {
             vec!["receive", "--listen", "unix:/x", "--control", "/y"],
             "--resume",
         ),
+        (
+            vec!["receive", "--listen", "unix:/x", "--channels", "2"],
+            "leave out --channels",
+        ),
+        // Where no guest runs it is of no use to ask for what goes with one.
+        (
+            with(&from_qemu, &["--control", "/y"]),
+            "leave out --control",
+        ),
+        (
+            with(&from_qemu, &["--backend", "model"]),
+            "leave out --backend",
+        ),
+        (with(&from_qemu, &["--resume"]), "leave out --resume"),
+        (with(&from_qemu, &["--channels", "256"]), "255"),
         (vec!["demo", "--transactions", "-1"], "-1"),
         (vec!["demo", "--compress", "gzip"], "gzip"),
     ] {

@@ -151,6 +151,105 @@ fn a_destination_that_awaits_a_question_takes_another_guest_and_never_runs_the_f
     }
 }
 
+/// One that keeps memory alone, and has taken a guest that is in doubt. The guest, where it is reached, and what its agent
+/// said.
+fn doubtful(place: &Place, more: &[&str]) -> (Guest, Receive, Ended) {
+    let guest = Guest::start(place, &[]);
+    let mut receive = Receive::start(place, "there", more);
+    let line = place.path("line");
+    let point = Point {
+        kind: GO,
+        part: Part::Nothing,
+    };
+    let held = hold(&line, place.path("there.socket"), point);
+    let send = guest.send(&format!("unix:{}", line.display()), &[]);
+    let held = held.recv().unwrap();
+    if let [_, "--control", path] = more {
+        // What comes back to its name finds another file there.
+        std::fs::remove_file(path).unwrap();
+        std::fs::write(path, "mine").unwrap();
+    }
+    held.cut();
+    let sent = send.end();
+    sent.failed("in-doubt", "has not answered");
+    receive.process().says("may be in doubt");
+    (guest, receive, sent)
+}
+
+#[test]
+fn a_destination_of_memory_alone_awaits_the_question_though_another_guest_has_come() {
+    if !kvm() {
+        return;
+    }
+    let (place, elsewhere) = (Place::new(), Place::new());
+    let (mut guest, mut receive, _) = doubtful(&place, &[]);
+    let other = Guest::start(&elsewhere, &[]);
+    let sent = other.send(&receive.address, &[]).end();
+    sent.status("completed", 0);
+    let asked = guest.send(&receive.address, &[]).end();
+    asked.failed("failed", "it runs on here");
+    guest.assert_runs();
+    receive.wait_end().status("completed", 0);
+}
+
+#[test]
+fn a_destination_that_is_in_the_way_of_its_own_next_guest_still_awaits_the_question() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let control = place.arg("next");
+    let (mut guest, mut receive, _) = doubtful(&place, &["--resume", "--control", &control]);
+    receive.process().says("no other guest is taken");
+    let asked = guest.send(&receive.address, &[]).end();
+    asked.failed("failed", "it runs on here");
+    guest.assert_runs();
+    receive.wait_end().status("failed", 1);
+}
+
+#[test]
+fn a_destination_that_can_accept_nobody_for_a_while_still_awaits_the_question() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (mut guest, mut receive, _) = doubtful(&place, &[]);
+    let usual = receive.process().limit_files(3);
+    let path = receive.address.strip_prefix("unix:").unwrap();
+    let stranger = std::os::unix::net::UnixStream::connect(path).unwrap();
+    receive.process().says("Too many open files");
+    drop(stranger);
+    receive.process().limit_files(usual);
+    let asked = guest.send(&receive.address, &[]).end();
+    asked.failed("failed", "it runs on here");
+    guest.assert_runs();
+    receive.wait_end().status("failed", 1);
+}
+
+#[test]
+fn a_destination_tells_of_the_guest_in_doubt_whoever_else_has_failed() {
+    if !kvm() {
+        return;
+    }
+    let (place, elsewhere) = (Place::new(), Place::new());
+    let (guest, mut receive, sent) = doubtful(&place, &[]);
+    let other = Guest::start(&elsewhere, &[]);
+    let line = elsewhere.path("line");
+    let point = Point {
+        kind: LAYOUT,
+        part: Part::Half,
+    };
+    let held = hold(&line, place.path("there.socket"), point);
+    let send = other.send(&format!("unix:{}", line.display()), &[]);
+    held.recv().unwrap().cut();
+    send.end().status("failed", 1);
+    receive.process().says("the other end has gone");
+    let asked = guest.send(&receive.address, &[]).end();
+    asked.failed("failed", "it runs on here");
+    let report = receive.wait_end().status("failed", 1);
+    assert_eq!(report["migration_id"], sent.json()["migration_id"]);
+}
+
 #[test]
 fn a_destination_that_runs_completes_the_source() {
     if !kvm() {

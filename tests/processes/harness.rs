@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use serde_json::Value;
 
 /// After this time a test does not wait any longer.
@@ -160,6 +160,20 @@ impl Process {
             maximum: Some(most),
         };
         prlimit(Some(Pid::from_child(&self.child)), resource, limit).unwrap();
+    }
+
+    /// From now on it opens no descriptor from this number on, which can be undone: the number that it was.
+    pub fn limit_files(&self, number: u64) -> u64 {
+        let pid = Some(Pid::from_child(&self.child));
+        let resource = Resource::Nofile;
+        // What it is comes back with a change alone.
+        let maximum = getrlimit(resource).maximum;
+        let limit = Rlimit {
+            current: Some(number),
+            maximum,
+        };
+        let before = prlimit(pid, resource, limit).unwrap();
+        before.current.unwrap()
     }
 
     pub fn pid(&self) -> u32 {

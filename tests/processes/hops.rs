@@ -50,8 +50,10 @@ fn memory_is_the_same_from_a_file() {
         let place = Place::new();
         let guest = Guest::start(&place, &["--tracking", mode]);
         let file = format!("file:{}", place.arg("stream"));
-        let report = guest.send(&file, &[]).end().status("completed", 0);
+        let sent = guest.send(&file, &[]).end();
+        let report = sent.status("completed", 0);
         assert_keys(&report, &SEND);
+        assert!(sent.stderr.contains("the guest is in the file"), "{sent:?}");
         let mut receive = Receive::listen(&place, "there", &file, &[]);
         let received = receive.wait_end().status("completed", 0);
         assert_keys(&received, &RECEIVE);

@@ -31,7 +31,10 @@ fn arrives(ram: u64, address: impl Fn(&Place) -> String, channels: u16, rate: &s
     let mut guest = Guest::in_memory_writing(&place, &ram.to_string(), rate, &more);
     let channels = channels.to_string();
     let sent = guest.send(&address, &to_qemu(&channels, &["--downtime-limit", "10s"]));
-    let report = sent.end().status("completed", 0);
+    let sent = sent.end();
+    let report = sent.status("completed", 0);
+    let arrived = "the guest's memory is at the QEMU";
+    assert!(sent.stderr.contains(arrived), "{sent:?}");
     assert_keys(&report, &SEND);
     guest.process.says("the guest has migrated away");
     assert!(report["transactions"].as_u64().unwrap() > 0, "{report}");

@@ -15,7 +15,10 @@ fn a_file_is_loaded() {
     let mut guest = Guest::in_memory(&place, &ram.to_string(), &CHURN);
     let file = place.arg("stream");
     let sent = guest.send(&format!("file:{file}"), &to_qemu("1", &[]));
-    sent.end().status("completed", 0);
+    let sent = sent.end();
+    sent.status("completed", 0);
+    let arrived = "the guest's memory is in the file, for a QEMU";
+    assert!(sent.stderr.contains(arrived), "{sent:?}");
     guest.process.says("the guest has migrated away");
     let like = Like {
         block: "ram",

@@ -100,6 +100,28 @@ fn more_channels_than_there_are() {
 }
 
 #[test]
+fn fewer_channels_than_there_are_are_told_of_before_they_are_an_error() {
+    if !qemu() {
+        return;
+    }
+    let place = Place::new();
+    let address = place.unix("incoming");
+    let like = Like {
+        channels: 4,
+        ..FITTING
+    };
+    let there = Qemu::listen(&place, &like, &address);
+    let mut guest = Guest::in_memory(&place, "16M", &CHURN);
+    let mut send = guest.send(&address, &to_qemu("2", &[]));
+    let said = send.says("the QEMU has said nothing for");
+    assert!(said.contains("multifd-channels 2"), "{said}");
+    send.interrupt().failed("cancelled", "cancelled");
+    drop(there);
+    guest.assert_runs();
+    guest.assert_migrates(&place);
+}
+
+#[test]
 fn a_destination_that_is_killed() {
     if !qemu() {
         return;

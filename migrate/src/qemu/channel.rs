@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::answers::{Answers, Awaited};
 use super::line::Line;
@@ -17,6 +17,8 @@ use crate::{Channel, Connector, Error, Result, Stream};
 /// Syncs that a lane lets come together before it asks for a full one. With half of its jobs known to be applied it
 /// needn't wait for the rest.
 const TOGETHER: usize = 2;
+/// How long a QEMU may be silent at first before the user is told.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// Speaks with a QEMU as a lane does with any destination.
 pub(crate) struct QemuChannel {
@@ -31,7 +33,24 @@ pub(crate) struct QemuChannel {
     due: VecDeque<(Awaited, Message)>,
     /// How far the migration has come, apart from pages.
     phase: Phase,
-    reader: Option<JoinHandle<()>>,
+    /// Since when the answer to the greeting is awaited, until that has been told to take long.
+    greeted: Option<Instant>,
+    reader: Option<Reader>,
+}
+
+/// The thread that hears the answers, on the main connection. Dropped, it ends both.
+struct Reader {
+    main: Stream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.main.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// What was said last, besides pages, by the lane that leads.
@@ -66,7 +85,7 @@ pub(crate) fn open(
     Ok(channels)
 }
 
-type Begun = (Line, Option<JoinHandle<()>>, Option<Arc<Answers>>);
+type Begun = (Line, Option<Reader>, Option<Arc<Answers>>);
 
 /// Opens the main connection.
 fn begin(stream: Stream) -> Result<Begun> {
@@ -74,7 +93,10 @@ fn begin(stream: Stream) -> Result<Begun> {
     let (mut reader, mut answers) = (None, None);
     if !stream.is_file() {
         let heard = Arc::<Answers>::default();
-        reader = Some(heard.follow(stream.try_clone()?)?);
+        reader = Some(Reader {
+            main: stream.try_clone()?,
+            thread: Some(heard.follow(stream.try_clone()?)?),
+        });
         answers = Some(heard);
     }
     let mut line = Line::new(stream);
@@ -113,6 +135,7 @@ impl QemuChannel {
             applied_by: 0,
             due: VecDeque::new(),
             phase: Phase::Greeting,
+            greeted: None,
             reader: None,
         }
     }
@@ -135,6 +158,15 @@ impl QemuChannel {
             (other, _) => Err(Error::NotInFormat {
                 what: other.kind().name(),
             }),
+        }
+    }
+
+    /// A QEMU that awaits more connections says nothing, and it takes long until that is an error.
+    fn tell_of_silence(&mut self) {
+        if let Some(since) = self.greeted.take_if(|since| since.elapsed() >= SILENCE) {
+            let advice = self.advice().unwrap_or_default();
+            let seconds = since.elapsed().as_secs();
+            tracing::warn!("the QEMU has said nothing for {seconds} s: {advice}");
         }
     }
 
@@ -161,6 +193,7 @@ impl Channel for QemuChannel {
         let due = match message {
             Message::Hello(_) => {
                 let ping = self.peer.greet(patience)?;
+                self.greeted = Some(Instant::now());
                 Some((Awaited::Pong(ping), Message::Welcome(VERSION)))
             }
             Message::Layout(layout) => {
@@ -224,8 +257,10 @@ impl Channel for QemuChannel {
         };
         let awaited = self.due.front().map_or(Awaited::Nothing, |due| due.0);
         if !answers.wait(awaited, wait)? {
+            self.tell_of_silence();
             return Ok(None);
         }
+        self.greeted = None;
         Ok(self.due.pop_front().map(|(_, answer)| answer))
     }
 
@@ -291,7 +326,23 @@ impl Channel for QemuChannel {
                 stream.shutdown(Shutdown::Both);
                 Ok(())
             });
-            let _ = reader.join();
+            drop(reader);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_other_end_hears_of_a_main_connection_that_nobody_joins() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        drop(begin(near.into()).unwrap());
+        let mut said = Vec::new();
+        far.read_to_end(&mut said).unwrap();
+        assert_eq!(said, b"QEVM\0\0\0\x03");
     }
 }

@@ -55,6 +55,8 @@ mod tests;
 
 pub(crate) use channel::{QemuChannel, open};
 pub use incoming::{Images, QemuReceived, QemuReceiver};
+pub(crate) use packet::MAGIC as MULTIFD_MAGIC;
+pub(crate) use record::MAGIC;
 
 /// What a migration is written as.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

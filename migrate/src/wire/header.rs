@@ -12,7 +12,7 @@ pub const MAX_PAYLOAD: u32 = 64 << 20;
 /// Most digests in a frame.
 pub const MAX_DIGESTS: u32 = 1024;
 
-const MAGIC: [u8; MAGIC_LEN] = *b"GLNR";
+pub(crate) const MAGIC: [u8; MAGIC_LEN] = *b"GLNR";
 /// Bytes that every frame begins with.
 pub(super) const MAGIC_LEN: usize = 4;
 const VERSION: u16 = super::VERSION;

@@ -65,6 +65,7 @@ mod message;
 mod packed;
 mod pipe;
 
+pub(crate) use header::MAGIC;
 pub use header::{HEADER_LEN, Header, Kind, MAX_DIGESTS, MAX_METADATA, MAX_PAYLOAD};
 pub use message::{
     Adopted, Extents, Hello, Join, LayoutBody, MAX_BLOCKS, MAX_CHANNELS, MAX_EXTENTS, MAX_NAME,

@@ -38,6 +38,8 @@ pub struct Guest {
     pub harvests: u32,
     /// The call that fails.
     pub failing: Option<&'static str>,
+    /// The call that panics; of `memory` every look at it.
+    pub panicking: Option<&'static str>,
     /// Nothing is leased while the guest is stopped.
     pub held_back: bool,
     /// Told of each harvest.
@@ -74,6 +76,7 @@ impl ToySource {
             calls: Vec::new(),
             harvests: 0,
             failing: None,
+            panicking: None,
             held_back: false,
             harvested: None,
             shown: None,
@@ -92,6 +95,11 @@ impl ToySource {
     fn call(&self, name: &'static str) -> Result<std::sync::MutexGuard<'_, Guest>> {
         let mut guest = self.guest();
         guest.calls.push(name);
+        let panicking = guest.panicking == Some(name);
+        if panicking {
+            drop(guest);
+            panic!("{name} panics");
+        }
         if guest.failing == Some(name) {
             return Err(Error::source(format!("{name} does not work")));
         }
@@ -252,7 +260,14 @@ impl Source for ToySource {
         guest.leases.insert(id, free);
         let parts = extents
             .iter()
-            .map(|extent| LeasedPart::new(*extent, guest.blocks[&extent.block].1.clone()))
+            .map(|extent| {
+                let (info, ram) = &guest.blocks[&extent.block];
+                let memory: Memory = match guest.panicking {
+                    Some("memory") => Arc::new(Panicking(info.pages)),
+                    _ => ram.clone(),
+                };
+                LeasedPart::new(*extent, memory)
+            })
             .collect();
         Ok(Some(PageLease {
             id: LeaseId(id),
@@ -334,6 +349,19 @@ impl Source for ToySource {
     }
 }
 
+/// Memory that nobody can look at.
+struct Panicking(u64);
+
+impl PageMemory for Panicking {
+    fn pages(&self) -> u64 {
+        self.0
+    }
+
+    fn slice(&self, _: PageRange) -> Result<vm_memory::VolatileSlice<'_>> {
+        panic!("memory panics");
+    }
+}
+
 #[derive(Default)]
 pub struct Place {
     pub blocks: BTreeMap<BlockId, (BlockInfo, Ram)>,
@@ -343,6 +371,8 @@ pub struct Place {
     pub aborted: bool,
     /// The call that fails.
     pub failing: Option<&'static str>,
+    /// The call that panics; of `memory` every look at it.
+    pub panicking: Option<&'static str>,
     /// Memory was used before: this byte is everywhere.
     pub used: Option<u8>,
 }
@@ -369,6 +399,11 @@ impl ToyDestination {
 
     fn call(&self, name: &str) -> Result<std::sync::MutexGuard<'_, Place>> {
         let place = self.place();
+        let panicking = place.panicking == Some(name);
+        if panicking {
+            drop(place);
+            panic!("{name} panics");
+        }
         if place.failing == Some(name) {
             return Err(Error::destination(format!("no {name} on a Sunday")));
         }
@@ -378,6 +413,9 @@ impl ToyDestination {
 
 impl Destination for ToyDestination {
     fn add_block(&mut self, block: &BlockInfo) -> Result<NewMemory> {
+        if self.place().panicking == Some("memory") {
+            return Ok(NewMemory::used(Arc::new(Panicking(block.pages))));
+        }
         let mut place = self.call("add_block")?;
         let same = place
             .blocks

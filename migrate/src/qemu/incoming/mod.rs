@@ -1,16 +1,17 @@
 //! A stock QEMU as the source: its memory, and the sections of its devices as they came.
 //!
 //! ```text
-//! Stream --Bytes--> MainStream --> Ram --> memory of the blocks
-//!                      | marks
-//!                   Meeting
-//!                      | SYNCs
-//! Stream ---------> packets -----> Ram
+//! Arrivals -> Stream --Bytes--> MainStream --> Ram --> memory of the blocks
+//!                                  | marks
+//!                               Meeting
+//!                                  | SYNCs
+//!          -> Stream ---------> packets -----> Ram
 //! ```
 //!
 //! No guest runs here: what comes is kept. It is whole, or it is an error: QEMU's stream has no checksums and no count of
 //! its pages, so a page that never came is looked for in the end.
 
+mod arrivals;
 mod bytes;
 mod device_state;
 mod multifd;
@@ -18,28 +19,32 @@ mod ram;
 mod stream;
 mod xbzrle;
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
 use serde::Serialize;
 
+use self::arrivals::Arrivals;
 use self::bytes::Bytes;
 use self::multifd::Meeting;
 use self::ram::Ram;
 use self::stream::{Around, MainStream, Read};
-use super::packet;
-use super::record::{MAGIC, SHUT};
+use super::record::SHUT;
 use crate::patience::{LINGER, TICK};
 use crate::report::Status;
-use crate::threads;
+use crate::threads::{self, Finally};
 use crate::wire::{read_some, write};
 use crate::{CancelToken, Error, Listener, NewMemory, Result, Stream};
 
-/// How long a source may take to begin.
-const BEGIN: Duration = Duration::from_secs(5);
+/// How long connections may be behind the main one: it says nothing before all else has been said on the others.
+const MEET: Duration = Duration::from_secs(60);
+
+/// How long nothing must come behind what looks like the end, of a source that awaits an answer.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// Where what comes from a QEMU is kept.
 pub trait Images {
@@ -83,16 +88,31 @@ pub struct QemuReceived {
     pub channels: u64,
     /// Bytes of the sections of devices and of their description.
     pub device_state_bytes: u64,
-    /// Bytes on the main connection.
+    /// Bytes on all connections.
     pub bytes: u64,
     /// Time from the first byte to the end, in milliseconds.
     pub total_ms: f64,
+}
+
+impl QemuReceived {
+    /// It ended before anything came.
+    #[must_use]
+    pub fn unbegun(error: Error) -> Self {
+        report(
+            Err(error),
+            &Read::default(),
+            None,
+            &Meeting::default(),
+            Duration::ZERO,
+        )
+    }
 }
 
 /// Receives the memory of a stock QEMU.
 pub struct QemuReceiver<'a> {
     images: &'a mut dyn Images,
     cancel: CancelToken,
+    channels: u8,
 }
 
 impl<'a> QemuReceiver<'a> {
@@ -102,41 +122,59 @@ impl<'a> QemuReceiver<'a> {
     /// before the switchover, or its bandwidth is limited to next to nothing.
     #[must_use]
     pub fn new(images: &'a mut dyn Images, cancel: CancelToken) -> Self {
-        Self { images, cancel }
+        Self {
+            images,
+            cancel,
+            channels: 0,
+        }
+    }
+
+    /// Expects `channels` connections of multifd, as many as the source's `multifd-channels`: no fewer are waited for, and
+    /// no others taken. 0 unless told: a source that uses multifd is refused then.
+    #[must_use]
+    pub const fn channels(mut self, channels: u8) -> Self {
+        self.channels = channels;
+        self
     }
 
     /// Receives from the first connection that brings a stream of QEMU, and from those of multifd that join it.
     ///
     /// # Errors
-    /// [`Error::Io`] of the listener, [`Error::Cancelled`]: no migration has begun.
+    /// [`Error::Io`] of the listener, [`Error::Unable`] where multifd is expected of what is no socket that listens,
+    /// [`Error::Cancelled`]: no migration has begun.
     pub fn listen(self, listener: &Listener) -> Result<QemuReceived> {
-        let (stream, early) = first(listener, &self.cancel)?;
-        Ok(self.receive(&stream, Some(listener), early))
+        if !listener.is_socket() {
+            if self.channels > 0 {
+                return Err(Error::Unable {
+                    what: "take connections of multifd besides a file or a connected descriptor: leave out --channels",
+                });
+            }
+            return Ok(self.run(listener.accept()?));
+        }
+        let cancel = self.cancel.clone();
+        let mut arrivals = Arrivals::new(listener, &cancel);
+        let stream = arrivals.main()?;
+        Ok(self.receive(&stream, Some(arrivals)))
     }
 
-    /// Receives from `stream` alone, which is closed afterwards. Errors are in the report.
+    /// Receives from `stream` alone, without multifd; it is closed afterwards. Errors are in the report.
     #[must_use]
     pub fn run(self, stream: Stream) -> QemuReceived {
         // One that can't be told to look up now and then can't be read either.
         let _ = stream.set_timeouts(Some(TICK), Some(TICK));
-        self.receive(&stream, None, Vec::new())
+        self.receive(&stream, None)
     }
 
-    fn receive(
-        self,
-        stream: &Stream,
-        listener: Option<&Listener>,
-        early: Vec<Stream>,
-    ) -> QemuReceived {
+    fn receive(self, stream: &Stream, arrivals: Option<Arrivals<'_>>) -> QemuReceived {
         let mut read = Read::default();
         let ram = OnceLock::new();
         let meeting = Meeting::default();
         let begun = Instant::now();
         let ended = thread::scope(|scope| {
-            let door = Door {
+            let beside = Beside {
                 stream,
-                listener,
-                early,
+                arrivals,
+                channels: self.channels,
                 scope,
                 meeting: &meeting,
                 ram: &ram,
@@ -148,8 +186,11 @@ impl<'a> QemuReceiver<'a> {
                     check(&self.cancel)
                 })
             });
-            let ended = MainStream::new(bytes, door, self.images, &ram, &mut read).run();
-            meeting.end();
+            let whole = Cell::new(false);
+            // Whoever waits for the next mark is let go of, though the images panic.
+            let _end = Finally(|| meeting.end(whole.get()));
+            let ended = MainStream::new(bytes, beside, self.images, &ram, &mut read).run();
+            whole.set(ended.is_ok());
             ended
         });
         // A file has no other end that could have gone.
@@ -161,7 +202,6 @@ impl<'a> QemuReceiver<'a> {
         let ended = ended
             .map_err(|error| meeting.check().err().unwrap_or(error))
             .and_then(|()| meeting.check())
-            .and_then(|()| meeting.check_met())
             .and_then(|()| ram.get().map_or(Ok(()), Ram::check_all_came))
             .and_then(|()| self.images.complete(&read.device_state));
         if read.answers && !stream.is_file() {
@@ -198,95 +238,47 @@ fn report(
         sections: read.sections,
         channels: meeting.connections(),
         device_state_bytes: read.device_state.len() as u64,
-        bytes: read.bytes,
+        bytes: read.bytes + meeting.bytes(),
         total_ms: crate::sender::millis(took),
     }
 }
 
-/// The connection that leads, and those of multifd that came before it. Whoever says anything else is hung up on, where
-/// others can still come.
-fn first(listener: &Listener, cancel: &CancelToken) -> Result<(Stream, Vec<Stream>)> {
-    let mut early = Vec::new();
-    loop {
-        let Some(stream) = listener.accept_until(cancel, None)? else {
-            continue;
-        };
-        stream.set_timeouts(Some(TICK), Some(TICK))?;
-        if !listener.is_socket() {
-            return Ok((stream, early));
-        }
-        match begin(&stream, cancel) {
-            Ok(MAGIC) => return Ok((stream, early)),
-            Ok(packet::MAGIC) if early.len() < multifd::MAX_CONNECTIONS => early.push(stream),
-            Ok(other) => {
-                let found = other.to_be_bytes();
-                tracing::warn!(error = %Error::NotQemuStream { found }, "hung up on a connection");
-            }
-            Err(Error::Cancelled) => return Err(Error::Cancelled),
-            Err(error) => tracing::warn!(%error, "hung up on a connection"),
-        }
-    }
-}
-
-/// What a connection begins with. It can be read again.
-fn begin(stream: &Stream, cancel: &CancelToken) -> Result<u32> {
-    let begun = Instant::now();
-    let mut bytes = [0; 4];
-    loop {
-        match rustix::net::recv(stream, &mut bytes[..], RecvFlags::PEEK) {
-            Ok((_, 4)) => return Ok(u32::from_be_bytes(bytes)),
-            Ok((_, 0)) => {
-                return Err(Error::Closed {
-                    during: "awaiting a greeting",
-                });
-            }
-            // Less than the number, which is there at once when more is.
-            Ok(_) => thread::sleep(TICK),
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(cause) => return Err(Error::io("read a greeting", cause.into())),
-        }
-        check(cancel)?;
-        let after = begun.elapsed();
-        if after >= BEGIN {
-            return Err(Error::Silent {
-                during: "awaiting a greeting",
-                after,
-            });
-        }
-    }
-}
-
-/// What the main connection needs of the others.
-struct Door<'scope, 'env, 'a> {
+/// What the main connection needs besides its own bytes.
+struct Beside<'scope, 'env, 'a> {
     stream: &'a Stream,
-    listener: Option<&'a Listener>,
-    /// Connections that came before this one.
-    early: Vec<Stream>,
+    /// Until all have come.
+    arrivals: Option<Arrivals<'a>>,
+    channels: u8,
     scope: &'scope Scope<'scope, 'env>,
     meeting: &'scope Meeting,
     ram: &'scope OnceLock<Ram>,
     cancel: &'a CancelToken,
 }
 
-impl Around for Door<'_, '_, '_> {
+impl Around for Beside<'_, '_, '_> {
     fn meet(&mut self) -> Result<()> {
         let (scope, meeting) = (self.scope, self.meeting);
         // Not before there are blocks: a connection may be pages ahead.
-        if let Some(ram) = self.ram.get() {
-            let mut came = std::mem::take(&mut self.early);
-            let listener = self.listener.filter(|listener| listener.is_socket());
-            while let Some(listener) = listener
-                && let Some(stream) = listener.accept_until(self.cancel, Some(Instant::now()))?
-            {
-                came.push(stream);
-            }
-            for stream in came {
-                if let Some(number) = meeting.admit(&stream)? {
-                    threads::start(scope, move || meeting.carry(number, &stream, ram))?;
-                }
+        if let Some(ram) = self.ram.get()
+            && let Some(mut arrivals) = self.arrivals.take()
+        {
+            for arrival in arrivals.multifd(self.channels)? {
+                let number = meeting.join(arrival.hello.channel, arrival.stream.try_clone()?);
+                threads::start(scope, move || meeting.carry(number, &arrival.stream, ram))?;
             }
         }
-        meeting.main(self.cancel)
+        meeting.main(self.cancel, MEET)
+    }
+
+    fn more_comes(&mut self) -> Result<bool> {
+        let end = Instant::now() + QUIET;
+        while Instant::now() < end {
+            check(self.cancel)?;
+            if is_readable(self.stream, TICK)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn answer(&mut self, kind: u16, value: u32) -> Result<()> {
@@ -294,6 +286,20 @@ impl Around for Door<'_, '_, '_> {
             return Ok(());
         }
         answer(self.stream, kind, value)
+    }
+}
+
+/// Waits until there are bytes, or the end of the stream, for `limit` at most, less than a second.
+fn is_readable(stream: &Stream, limit: Duration) -> Result<bool> {
+    let mut fds = [PollFd::new(stream, PollFlags::IN)];
+    let limit = Timespec {
+        tv_sec: 0,
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    match poll(&mut fds, Some(&limit)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(cause) => Err(Error::io("await the end of the stream", cause.into())),
     }
 }
 

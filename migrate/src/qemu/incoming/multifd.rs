@@ -10,21 +10,17 @@
 //! met in between.
 
 use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::ram::Ram;
+use crate::memory::PAGE;
 use crate::patience::TICK;
-use crate::qemu::packet::{HELLO_LEN, Hello, PACKET_LEN, Packet, SYNC};
+use crate::qemu::packet::{HELLO_LEN, PACKET_LEN, Packet, SYNC};
+use crate::threads::Finally;
 use crate::wire::{Patience, read, read_pieces, read_some};
 use crate::{CancelToken, Error, Result, Stream};
-
-/// How long a further connection may take to say what it is.
-const HELLO: Duration = Duration::from_secs(5);
-/// Connections that are taken at most: more than that QEMU does not make.
-pub(super) const MAX_CONNECTIONS: usize = 255;
-/// A connection that comes after so many meetings has missed pages that came before.
-const LAST_JOIN: u64 = 1;
 
 /// Where all connections meet.
 ///
@@ -34,6 +30,8 @@ const LAST_JOIN: u64 = 1;
 pub(super) struct Meeting {
     state: Mutex<State>,
     changed: Condvar,
+    /// That have come on all connections.
+    bytes: AtomicU64,
 }
 
 #[derive(Default)]
@@ -41,10 +39,10 @@ struct State {
     /// Marks of the main connection so far.
     marks: u64,
     connections: Vec<Connection>,
-    /// All have the same.
-    machine: Option<[u8; 16]>,
     failed: Option<Error>,
-    /// The main connection has ended.
+    /// The main connection has ended: there will be no mark any more.
+    ended: bool,
+    /// It has failed: what becomes of the others does not matter.
     over: bool,
 }
 
@@ -52,8 +50,6 @@ struct Connection {
     channel: u8,
     stream: Stream,
     syncs: u64,
-    /// Pages have come that no SYNC stands behind: they may be half here.
-    unmet: bool,
     open: bool,
 }
 
@@ -67,72 +63,37 @@ impl Meeting {
         self.lock().failed.take().map_or(Ok(()), Err)
     }
 
-    /// All has ended: fails if pages of a connection may be half here.
-    pub(super) fn check_met(&self) -> Result<()> {
-        let state = self.lock();
-        match state.connections.iter().find(|each| each.unmet) {
-            None => Ok(()),
-            Some(each) => Err(Error::QemuStream {
-                problem: format!(
-                    "connection {} of multifd did not end with a SYNC",
-                    each.channel
-                ),
-            }),
-        }
-    }
-
     /// Connections that came.
     pub(super) fn connections(&self) -> u64 {
         self.lock().connections.len() as u64
     }
 
-    /// Takes a connection in, if it is one of the migration: its number.
-    pub(super) fn admit(&self, stream: &Stream) -> Result<Option<usize>> {
-        match hello(stream) {
-            Ok(hello) => self.join(&hello, stream.try_clone()?).map(Some),
-            Err(error) => {
-                // Somebody else: a probe of the port, another source.
-                tracing::warn!(%error, "hung up on a connection that is not of the migration");
-                Ok(None)
-            }
-        }
+    /// Bytes that came on all of them.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
     }
 
-    fn join(&self, hello: &Hello, stream: Stream) -> Result<usize> {
+    /// Takes a connection in that has said hello: its number here.
+    pub(super) fn join(&self, channel: u8, stream: Stream) -> usize {
+        self.count(HELLO_LEN);
         let mut state = self.lock();
-        let bad = |problem: String| Err(Error::QemuStream { problem });
-        if *state.machine.get_or_insert(hello.machine) != hello.machine {
-            return bad("connections of two sources came at the same time".into());
-        }
-        if state.marks > LAST_JOIN {
-            return bad("a connection of multifd came too late: pages of it are missing".into());
-        }
-        let number = state.connections.len();
-        if state
-            .connections
-            .iter()
-            .any(|other| other.channel == hello.channel)
-        {
-            return bad(format!(
-                "connection {} of multifd came twice",
-                hello.channel
-            ));
-        }
-        if number == MAX_CONNECTIONS {
-            return bad("there are too many connections of multifd".into());
-        }
         state.connections.push(Connection {
-            channel: hello.channel,
+            channel,
             stream,
             syncs: 0,
-            unmet: false,
             open: true,
         });
-        Ok(number)
+        state.connections.len() - 1
     }
 
-    /// The main connection is at a mark: waits until every connection has come to the SYNC that belongs to it.
-    pub(super) fn main(&self, cancel: &CancelToken) -> Result<()> {
+    fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// The main connection is at a mark: waits until every connection has come to the SYNC that belongs to it, for `limit`
+    /// at most.
+    pub(super) fn main(&self, cancel: &CancelToken, limit: Duration) -> Result<()> {
+        let begun = Instant::now();
         let mut state = self.lock();
         let due = state.marks + 1;
         loop {
@@ -151,6 +112,13 @@ impl Meeting {
                     });
                 }
                 Some(_) if cancel.is_cancelled() => return Err(Error::Cancelled),
+                Some(each) if begun.elapsed() >= limit => {
+                    return Err(bad(format!(
+                        "connection {} of multifd has not come to its SYNC in {} s, where the main one is already",
+                        each.channel,
+                        limit.as_secs()
+                    )));
+                }
                 Some(_) => {
                     let waited = self.changed.wait_timeout(state, TICK);
                     state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -166,23 +134,31 @@ impl Meeting {
     fn sync(&self, number: usize) -> bool {
         let mut state = self.lock();
         state.connections[number].syncs += 1;
-        state.connections[number].unmet = false;
+        let syncs = state.connections[number].syncs;
         self.changed.notify_all();
-        while state.marks < state.connections[number].syncs && !state.over {
+        while state.marks < syncs && !state.ended {
             state = self
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        !state.over
+        state.marks >= syncs
     }
 
-    /// Ends all connections: the main one has.
-    pub(super) fn end(&self) {
+    /// Ends all connections: the main one has. Where it is `whole`, what others have said after the last mark is still
+    /// looked at.
+    pub(super) fn end(&self, whole: bool) {
+        let how = if whole {
+            Shutdown::Read
+        } else {
+            Shutdown::Both
+        };
         let mut state = self.lock();
-        state.over = true;
+        state.ended = true;
+        state.over = !whole;
         for connection in &state.connections {
-            connection.stream.shutdown(Shutdown::Both);
+            // What has come before can still be read.
+            connection.stream.shutdown(how);
         }
         drop(state);
         self.changed.notify_all();
@@ -190,9 +166,13 @@ impl Meeting {
 
     /// What becomes of a connection, to its end.
     pub(super) fn carry(&self, number: usize, stream: &Stream, ram: &Ram) {
+        // By a panic of the memory too: it is missed at the next mark.
+        let _closed = Finally(|| {
+            self.lock().connections[number].open = false;
+            self.changed.notify_all();
+        });
         let ended = self.packets(number, stream, ram);
         let mut state = self.lock();
-        state.connections[number].open = false;
         // One that ends after its last SYNC has done all that it had to; one that ended before is missed at the next mark.
         if let Err(error) = ended
             && !state.over
@@ -203,8 +183,6 @@ impl Meeting {
                 cause: Box::new(error),
             });
         }
-        drop(state);
-        self.changed.notify_all();
     }
 
     fn packets(&self, number: usize, stream: &Stream, ram: &Ram) -> Result<()> {
@@ -212,15 +190,18 @@ impl Meeting {
         // The main connection keeps the time.
         let patience: Patience<'_> = &|_| Ok(());
         let mut bytes = [0; PACKET_LEN];
+        // Pages have come that no mark stands behind.
+        let mut unmet = false;
         loop {
-            // An end between two packets is one.
             if read_some(stream, &mut bytes[..1], DURING, patience)? == 0 {
-                return Ok(());
+                // An end between two packets is one, if nothing is missing.
+                return if unmet { Err(left_over()) } else { Ok(()) };
             }
             read(stream, &mut bytes[1..], DURING, patience)?;
+            self.count(PACKET_LEN);
             let packet = Packet::parse(&bytes)?;
             if !packet.offsets.is_empty() {
-                self.lock().connections[number].unmet = true;
+                unmet = true;
                 let block = ram.block(&packet.block)?;
                 let places = packet
                     .offsets
@@ -231,31 +212,44 @@ impl Meeting {
                 let pieces = whole.iter().map(|place| ram.contents(*place));
                 let pieces = pieces.collect::<Result<Vec<_>>>()?;
                 read_pieces(stream, &pieces, DURING, patience)?;
+                self.count(PAGE * pieces.len());
                 for place in zero {
                     ram.zero(*place)?;
                 }
             }
-            if packet.flags & SYNC != 0 && !self.sync(number) {
-                return Ok(());
+            if packet.flags & SYNC != 0 {
+                if self.sync(number) {
+                    unmet = false;
+                } else if unmet {
+                    return Err(left_over());
+                }
+                // Some versions say a last SYNC that no mark belongs to, and no page.
             }
         }
     }
 }
 
-/// What a connection says of itself.
-fn hello(stream: &Stream) -> Result<Hello> {
-    stream.set_timeouts(Some(TICK), Some(TICK))?;
-    let mut bytes = [0; HELLO_LEN];
-    let begun = Instant::now();
-    let patience = |after| {
-        if begun.elapsed() < HELLO {
-            return Ok(());
-        }
-        Err(Error::Silent {
-            during: "awaiting a greeting",
-            after,
-        })
-    };
-    read(stream, &mut bytes, "awaiting a greeting", &patience)?;
-    Hello::parse(&bytes)
+/// What came last on a connection can't be told from what is older.
+fn left_over() -> Error {
+    bad("pages came last that no mark of the main one stands behind".into())
+}
+
+fn bad(problem: String) -> Error {
+    Error::QemuStream { problem }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_connection_that_never_comes_to_its_sync_is_named() {
+        let (_here, there) = UnixStream::pair().unwrap();
+        let meeting = Meeting::default();
+        meeting.join(3, there.into());
+        let cancel = CancelToken::new();
+        let error = meeting.main(&cancel, Duration::ZERO).unwrap_err();
+        assert!(error.to_string().contains("connection 3"), "{error}");
+    }
 }

@@ -36,6 +36,9 @@ pub(super) trait Around {
     /// The main connection is at a mark: takes connections in, and waits for those that there are.
     fn meet(&mut self) -> Result<()>;
 
+    /// Whether more comes on the main connection: waits for a while.
+    fn more_comes(&mut self) -> Result<bool>;
+
     /// Says something on the return path.
     fn answer(&mut self, kind: u16, value: u32) -> Result<()>;
 }
@@ -113,7 +116,9 @@ where
                     ended = kind == SECTION_END;
                 }
                 SECTION_FULL if ended => {
-                    self.read.device_state = device_state::read(kind, &mut self.bytes)?;
+                    let around = &mut self.around;
+                    let more = self.read.answers.then_some(|| around.more_comes());
+                    self.read.device_state = device_state::read(kind, &mut self.bytes, more)?;
                     return Ok(());
                 }
                 EOF if ended => return self.description(),
