@@ -12,6 +12,7 @@ mod downtime;
 mod gate;
 mod harvest;
 mod kernels;
+mod qemu;
 mod row;
 mod sample;
 mod vm;
@@ -35,7 +36,8 @@ pub type Result<T> = std::result::Result<T, Error>;
     after_help = "Example: gleaner-bench blackout wire --json"
 )]
 struct Options {
-    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, wire, downtime. All unless given.
+    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, wire, qemu, downtime. All
+    /// unless given.
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Print one JSON object on standard output.
@@ -94,12 +96,13 @@ impl Plan {
 type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
 
 /// Topics, whether they need KVM, and what measures them.
-const TOPICS: [Topic; 6] = [
+const TOPICS: [Topic; 7] = [
     ("kernels", false, kernels::rows),
     ("gate", true, gate::rows),
     ("harvest", true, harvest::rows),
     ("blackout", true, blackout::rows),
     ("wire", false, wire::rows),
+    ("qemu", false, qemu::rows),
     ("downtime", true, downtime::rows),
 ];
 

@@ -62,6 +62,23 @@ impl Row {
             compared: compared.into(),
         }
     }
+
+    /// A row with a second aim, which is as good as its own.
+    #[must_use]
+    pub fn or(mut self, other: &Self) -> Self {
+        for (mine, others) in [
+            (&mut self.aim, &other.aim),
+            (&mut self.reached, &other.reached),
+            (&mut self.spread, &other.spread),
+        ] {
+            *mine += " or ";
+            *mine += others;
+        }
+        if other.verdict == Verdict::Ok {
+            self.verdict = Verdict::Ok;
+        }
+        self
+    }
 }
 
 /// A number as people read it: as many digits as it is worth.
@@ -92,13 +109,17 @@ impl fmt::Display for Row {
 mod tests {
     use super::*;
 
-    fn verdict(aim: Aim, median: f64) -> Verdict {
+    fn row(aim: Aim, median: f64) -> Row {
         let value = Spread {
             low: 0.0,
             median,
             high: 9.0,
         };
-        Row::new("x", aim, value, "ns", "").verdict
+        Row::new("x", aim, value, "ns", "")
+    }
+
+    fn verdict(aim: Aim, median: f64) -> Verdict {
+        row(aim, median).verdict
     }
 
     #[test]
@@ -107,5 +128,19 @@ mod tests {
         assert_eq!(verdict(Aim::AtMost(5.0), 5.1), Verdict::Short);
         assert_eq!(verdict(Aim::AtLeast(5.0), 5.0), Verdict::Ok);
         assert_eq!(verdict(Aim::AtLeast(5.0), 4.9), Verdict::Short);
+    }
+    #[test]
+    fn either_of_two_aims_is_enough() {
+        let aims = [(4.9, 4.9), (5.0, 4.9), (4.9, 5.0), (5.0, 5.0)];
+        let verdicts = aims.map(|(one, other)| {
+            let [one, other] = [one, other].map(|value| row(Aim::AtLeast(5.0), value));
+            one.or(&other).verdict
+        });
+        assert_eq!(
+            verdicts,
+            [Verdict::Short, Verdict::Ok, Verdict::Ok, Verdict::Ok]
+        );
+        let both = row(Aim::AtLeast(5.0), 4.0).or(&row(Aim::AtLeast(5.0), 6.0));
+        assert_eq!(both.reached, "4.00 ns or 6.00 ns");
     }
 }

@@ -14,10 +14,16 @@ use crate::sample::time;
 const STEP: usize = 1 << 20;
 
 /// Memory whose every page exists, filled by `word`.
-pub fn filled(pages: u64, mut word: impl FnMut() -> u64) -> Result<Arc<MappedMemory>> {
+pub fn filled(pages: u64, word: impl FnMut() -> u64) -> Result<Arc<MappedMemory>> {
     let memory = MappedMemory::anonymous(pages)?;
+    fill(&memory, word)?;
+    Ok(Arc::new(memory))
+}
+
+/// Fills all memory by `word`.
+pub fn fill(memory: &MappedMemory, mut word: impl FnMut() -> u64) -> Result<()> {
     let mut bytes = vec![0u8; STEP];
-    let all = memory.slice(PageRange::new(0, pages))?;
+    let all = whole(memory)?;
     for at in (0..all.len()).step_by(STEP) {
         for part in bytes.chunks_exact_mut(8) {
             part.copy_from_slice(&word().to_le_bytes());
@@ -25,7 +31,7 @@ pub fn filled(pages: u64, mut word: impl FnMut() -> u64) -> Result<Arc<MappedMem
         let len = STEP.min(all.len() - at);
         all.subslice(at, len)?.copy_from(&bytes[..len]);
     }
-    Ok(Arc::new(memory))
+    Ok(())
 }
 
 /// Memory that was never touched, in a memfd.

@@ -1,9 +1,9 @@
 //! The stream, beside the sockets that carry it.
 
 mod contents;
-mod ends;
-mod line;
-mod memory;
+pub mod ends;
+pub mod line;
+pub mod memory;
 mod packed;
 mod zeros;
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt;
+
 use super::answers::{Answers, Awaited};
 use super::line::Line;
 use super::peer::Peer;
@@ -13,6 +15,10 @@ use super::{MultifdSync, QemuOptions, packet, record};
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::wire::{Adopted, Message, Patience, Payload, VERSION};
 use crate::{Channel, Connector, Error, Result, Stream};
+
+/// Bytes that a Unix socket holds, if the system allows it: so many that either end can work on while the other looks for
+/// zeros, or waits for a core. The default is half of it.
+const ROOM: usize = 400 << 10;
 
 /// Syncs that a lane lets come together before it asks for a full one. With half of its jobs known to be applied it
 /// needn't wait for the rest.
@@ -22,7 +28,7 @@ const SILENCE: Duration = Duration::from_secs(2);
 
 /// Speaks with a QEMU as a lane does with any destination.
 pub(crate) struct QemuChannel {
-    peer: Arc<Peer>,
+    pub(super) peer: Arc<Peer>,
     /// Number of its connection of multifd; 0 leads.
     number: usize,
     /// Number of the next message.
@@ -87,9 +93,20 @@ pub(crate) fn open(
 
 type Begun = (Line, Option<Reader>, Option<Arc<Answers>>);
 
+/// Sets a connection up for writing.
+fn prepare(stream: &Stream) -> Result<()> {
+    stream.set_timeouts(None, Some(TICK))?;
+    // TCP finds its own measure, unless it is told.
+    if let Stream::Unix(socket) = stream {
+        sockopt::set_socket_send_buffer_size(socket, ROOM)
+            .map_err(|errno| Error::io("set the send buffer of a socket", errno.into()))?;
+    }
+    Ok(())
+}
+
 /// Opens the main connection.
 fn begin(stream: Stream) -> Result<Begun> {
-    stream.set_timeouts(None, Some(TICK))?;
+    prepare(&stream)?;
     let (mut reader, mut answers) = (None, None);
     if !stream.is_file() {
         let heard = Arc::<Answers>::default();
@@ -109,7 +126,7 @@ fn begin(stream: Stream) -> Result<Begun> {
 /// Opens a connection of multifd, counted from 1 on.
 fn join(to: &Connector, number: u16) -> Result<Line> {
     let stream = to.connect()?;
-    stream.set_timeouts(None, Some(TICK))?;
+    prepare(&stream)?;
     let mut line = Line::new(stream);
     // At most MAX_CHANNELS.
     let hello = packet::hello(u8::try_from(number - 1).unwrap_or(u8::MAX));

@@ -45,6 +45,7 @@
 
 mod answers;
 mod channel;
+mod in_turn;
 mod incoming;
 mod line;
 mod packet;

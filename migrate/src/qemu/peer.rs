@@ -8,6 +8,7 @@ use gleaner_bitmap::{BlockId, BlockInfo, PAGE_SIZE};
 use vm_memory::VolatileSlice;
 
 use super::answers::Answers;
+use super::in_turn::InTurn;
 use super::line::{FIRST_PING, Line};
 use super::packet::{self, MAX_PAGES};
 use super::record::{self, EOS, MULTIFD_FLUSH, PING, SECTION_END, SECTION_PART};
@@ -35,7 +36,7 @@ struct Main {
 pub(crate) struct Peer {
     main: Mutex<Main>,
     /// Multifd's connections. Locked after `main` where both are.
-    multifd: Vec<Mutex<Line>>,
+    multifd: Vec<InTurn<Line>>,
     /// What it answers; `None` of a file.
     pub(crate) answers: Option<Arc<Answers>>,
     pub(crate) options: QemuOptions,
@@ -61,7 +62,7 @@ impl Peer {
                 open: false,
                 named: None,
             }),
-            multifd: multifd.into_iter().map(Mutex::new).collect(),
+            multifd: multifd.into_iter().map(InTurn::new).collect(),
             answers,
             options,
             blocks: OnceLock::new(),
@@ -268,7 +269,7 @@ impl Peer {
     fn barrier(&self, out: &mut Vec<u8>, patience: Patience<'_>) -> Result<u32> {
         let ping = self.asked() + 1;
         for line in &self.multifd {
-            let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut line = line.lock();
             let count = self.packets.fetch_add(1, Ordering::Relaxed);
             line.put(&packet::packet(count, packet::SYNC, "", &[])?, patience)?;
             line.synced = ping;
@@ -344,8 +345,7 @@ impl Peer {
     }
 
     fn line(&self, number: usize) -> MutexGuard<'_, Line> {
-        let line = &self.multifd[number];
-        line.lock().unwrap_or_else(PoisonError::into_inner)
+        self.multifd[number].lock()
     }
 }
 

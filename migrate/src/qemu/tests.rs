@@ -228,3 +228,22 @@ fn a_full_sync_is_shared_and_begins_before_a_lane_has_to_wait() {
     ]);
     assert!(there.has_none(0));
 }
+
+#[test]
+fn a_unix_socket_holds_more_than_by_default() {
+    let room = |socket: &UnixStream| rustix::net::sockopt::socket_send_buffer_size(socket).unwrap();
+    let plain = room(&UnixStream::pair().unwrap().0);
+    let there = There::opened(MultifdSync::Flush);
+    let peer = &there.lanes[0].peer;
+    let mut seen = 0;
+    peer.each(|stream| {
+        let crate::Stream::Unix(socket) = stream else {
+            panic!("{stream:?}");
+        };
+        assert!(room(socket) > plain);
+        seen += 1;
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(seen, 3);
+}
