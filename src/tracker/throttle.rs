@@ -115,6 +115,13 @@ impl Tracker {
         }
     }
 
+    /// How many pages each vCPU has dirtied so far, by its id; empty unless it is known who writes. A page counts again
+    /// when it is written after a harvest.
+    #[must_use]
+    pub fn dirtied_by_vcpus(&self) -> Vec<(u64, u64)> {
+        self.0.dirtied()
+    }
+
     /// Slows the guest until what is returned is dropped.
     ///
     /// # Errors
