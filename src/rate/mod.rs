@@ -18,6 +18,8 @@ mod report;
 mod series;
 mod stats;
 mod tally;
+#[cfg(test)]
+mod tests;
 mod verdict;
 
 pub use dirtied::Dirtied;

@@ -66,9 +66,11 @@ pub fn judge(measured: &Measurement, metered: &Metered, link: Link) -> Option<Ve
     if report.harvests.count == 0 {
         return None;
     }
+    // Pages that had no contents yet in the beginning have some now.
+    let written = report.blocks.iter().map(|block| block.unique_pages).sum();
     let trial = Trial {
         scene: Scene {
-            data_pages: metered.data_pages,
+            data_pages: metered.data_pages.max(written),
             harvest: Duration::from_secs_f64(report.harvests.mean_ms / 1e3),
             bandwidth: link.bandwidth,
         },

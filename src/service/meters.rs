@@ -93,19 +93,55 @@ impl MeterSession {
             Request::Look => match self.meter.look() {
                 Ok(mut look) => {
                     self.rest = std::mem::take(&mut look.written);
-                    look.written = self.chunk();
+                    look.written = chunk(&mut self.rest);
                     Response::Look(look)
                 }
                 Err(error) => Response::Error(error.to_string()),
             },
-            Request::Rest => Response::Rest(self.chunk()),
+            Request::Rest => Response::Rest(chunk(&mut self.rest)),
             // Neither memory nor anything that changes the guest.
             _ => Response::Error("a meter does nothing but look".into()),
         }
     }
+}
 
-    fn chunk(&mut self) -> Vec<Extent> {
-        let rest = self.rest.split_off(CHUNK.min(self.rest.len()));
-        std::mem::replace(&mut self.rest, rest)
+/// Takes the next chunk. One that is not whole, which may be empty, is the last.
+fn chunk(rest: &mut Vec<Extent>) -> Vec<Extent> {
+    let later = rest.split_off(CHUNK.min(rest.len()));
+    std::mem::replace(rest, later)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gleaner_bitmap::BlockId;
+
+    #[test]
+    fn whole_chunks_come_first_and_one_that_is_not_last() {
+        for (extents, chunks) in [
+            (0, vec![0]),
+            (5, vec![5]),
+            (CHUNK, vec![CHUNK, 0]),
+            (2 * CHUNK + 1, vec![CHUNK, CHUNK, 1]),
+        ] {
+            let all: Vec<Extent> = (0..extents as u64)
+                .map(|n| Extent::new(BlockId(0), 2 * n, 1))
+                .collect();
+            let (mut rest, mut sizes, mut joined) = (all.clone(), Vec::new(), Vec::new());
+            while sizes.last().is_none_or(|last| *last == CHUNK) {
+                let next = chunk(&mut rest);
+                sizes.push(next.len());
+                joined.extend(next);
+            }
+            assert_eq!(sizes, chunks);
+            assert!(joined == all && rest.is_empty());
+        }
+    }
+
+    #[test]
+    fn an_answer_with_the_longest_chunk_is_below_the_limit() {
+        let extent = Extent::new(BlockId(u64::MAX), u64::MAX, u64::MAX);
+        let longest = Response::Rest(vec![extent; CHUNK]);
+        assert!(longest.encode().is_ok());
     }
 }
