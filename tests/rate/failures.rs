@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 
 use gleaner::service::{Request, Response};
+use rustix::process::Signal;
 
 use crate::common::kvm;
 use crate::harness::*;
@@ -93,20 +94,24 @@ fn a_service_that_ends_in_the_middle_is_said() {
     if !kvm() {
         return;
     }
-    let place = Place::new();
-    let guest = Guest::start(&place, &[]);
-    let args = [
-        "rate",
-        "--json",
-        "--control",
-        &guest.control,
-        "--interval",
-        "100ms",
-    ];
-    let mut meter = Process::start(&args);
-    meter.says("dirtied");
-    guest.process.kill();
-    fails(&meter.end(), "the guest's service has gone");
+    for signal in [Signal::KILL, Signal::INT] {
+        let place = Place::new();
+        let guest = Guest::start(&place, &[]);
+        let rate = ["rate", "--json", "--control", &guest.control];
+        let args = [&rate[..], &["--duration", "60s", "--interval", "100ms"]].concat();
+        let mut meters = [Process::start(&args), Process::start(&args)];
+        for meter in &mut meters {
+            meter.says("dirtied");
+        }
+        // One that hangs does not hold it up.
+        meters[1].signal(Signal::STOP);
+        guest.process.signal(signal);
+        guest.process.end();
+        meters[1].signal(Signal::CONT);
+        for meter in meters {
+            fails(&meter.end(), "the guest's service has gone");
+        }
+    }
 }
 
 #[test]
