@@ -106,7 +106,7 @@ impl Svg {
                 };
                 lines.push(format!("{what}: {}", needs.told()));
             }
-            for line in lines.iter().flat_map(|line| wrapped(line, 138)) {
+            for line in lines.iter().flat_map(|line| wrapped(line, 116)) {
                 y += 18.0;
                 self.text((40.0, y), 13.0, INK, "", &line);
             }
@@ -254,7 +254,7 @@ impl Svg {
             self.line((x - 4.0, level), (x, level), FAINT, "");
             if level - free > 12.0 {
                 self.text(
-                    (x - 7.0, level + 10.0),
+                    (x - 7.0, (level + 10.0).min(y + height)),
                     10.0,
                     FAINT,
                     "text-anchor=\"end\"",
