@@ -215,6 +215,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A look of a meter can't be.
+    #[error("a look at the guest that can't be: {reason}")]
+    BadLook {
+        /// Why.
+        reason: String,
+    },
     /// A thread could not be started.
     #[error("thread {name}: {source}")]
     Thread {

@@ -41,8 +41,8 @@
 //! # Where things are
 //!
 //! [`Tracker`] and its [`Transaction`]s; the [`gate`] that vCPU threads pass; [`LocalSource`], which a
-//! [`migrate::Sender`] drives in this process, and the [`service`], through which an agent in another process does; `vmm`, the
-//! reference VMM; `qmp`, for tools that speak QEMU's protocol; [`compare`], what a call
+//! [`migrate::Sender`] drives in this process, and the [`service`], through which an agent in another process does; the
+//! [`rate`] meter; `qmp`, for tools that speak QEMU's protocol; `vmm`, the reference VMM; [`compare`], what a call
 //! that KVM does not have would be worth.
 
 mod block;
@@ -62,6 +62,7 @@ mod loom_model;
 mod primitive;
 #[cfg(feature = "qmp")]
 pub mod qmp;
+pub mod rate;
 pub mod service;
 mod source;
 mod tracker;

@@ -297,6 +297,7 @@ impl Source for LocalSource {
             Guest::Relinquished(stopped) => {
                 self.guest = Guest::Away(stopped);
                 self.end_attempt();
+                self.tracker.migrated_away();
                 self.hooks.migrated_away();
                 Ok(())
             }

@@ -78,6 +78,30 @@ pub struct DryRun {
     pub forecast: Forecasts,
 }
 
+/// What a migration is rehearsed with, beside the guest's writes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Scene {
+    /// Pages that may have contents: what the first round sends.
+    pub data_pages: u64,
+    /// What a harvest takes.
+    pub harvest: Duration,
+    /// Bytes a second that the link carries.
+    pub bandwidth: u64,
+}
+
+/// How a migration would go.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rehearsal {
+    /// As [`DryRun::converges`].
+    pub converges: bool,
+    /// As [`DryRun::surely`].
+    pub surely: bool,
+    /// As [`DryRun::reason`].
+    pub reason: String,
+    /// What is to be expected.
+    pub forecast: Forecasts,
+}
+
 /// Looks at the guest for under 2 s, and tells how its migration would go over a link of `bandwidth` bytes a second. The
 /// attempt at the source is over afterwards.
 ///
@@ -168,39 +192,13 @@ fn data_pages(part: &LeasedPart) -> u64 {
     found
 }
 
-impl Look {
-    fn rehearse(self, goal: Goal, bandwidth: u64) -> DryRun {
-        let points = self.samples.iter().rev();
-        let points = points.map(|s| (s.dirty_ms / 1e3, s.dirty_pages as f64));
-        let curve = Curve::fit(points, self.total_pages as f64);
-        let pages = |time: f64| curve.map_or(Bounds::default(), |curve| curve.pages(time));
-        // Whether it ends in time is asked afterwards, so that the reason tells of the guest.
-        let endless = Goal {
-            timeout: None,
-            held: None,
-            ..goal
-        };
-        let course = |round_trip: f64, pages: &dyn Fn(f64) -> f64| {
-            let road = Road {
-                rate: bandwidth.max(1) as f64 / PAGE,
-                round_trip,
-                harvest: self.harvest.as_secs_f64(),
-            };
-            let dirtied = |from: f64, to: f64, throttle| match throttle {
-                Throttle::Off => pages(to - from),
-                Throttle::All { percent } => {
-                    pages((to - from) * (1.0 - f64::from(percent) / 100.0))
-                }
-                Throttle::Writers { pages_per_second } => {
-                    pages(to - from).min(pages_per_second.get() as f64 * (to - from))
-                }
-            };
-            let decide = |history: &_| decide(history, &endless);
-            rehearse(road, self.data_pages as f64, ROUNDS, dirtied, decide)
-        };
-        let low = course(ROUND_TRIP.low, &|time| pages(time).low);
-        let likely = course(ROUND_TRIP.likely, &|time| pages(time).likely);
-        let high = course(ROUND_TRIP.high, &|time| pages(time).high);
+impl Scene {
+    /// How it would go. `dirtied` tells how many different pages the guest dirties in so many seconds.
+    #[must_use]
+    pub fn rehearse(&self, dirtied: impl Fn(f64) -> Bounds, goal: Goal) -> Rehearsal {
+        let low = self.course(ROUND_TRIP.low, |time| dirtied(time).low, goal);
+        let likely = self.course(ROUND_TRIP.likely, |time| dirtied(time).likely, goal);
+        let high = self.course(ROUND_TRIP.high, |time| dirtied(time).high, goal);
         let of = |what: fn(&Course) -> Bounds| {
             Bounds::new(what(&low).low, what(&likely).likely, what(&high).high)
         };
@@ -212,18 +210,10 @@ impl Look {
             let (takes, most) = (Seconds(total.likely), Seconds(most.as_secs_f64()));
             reason = format!("{reason}; but it takes {takes}, and the time limit is {most}");
         }
-        let last = self.samples.last();
-        DryRun {
+        Rehearsal {
             converges: converges && in_time(total.likely),
             surely: high.last.verdict == Verdict::SwitchOver && in_time(total.high),
             reason,
-            total_pages: self.total_pages,
-            data_pages: self.data_pages,
-            dirty_bytes_per_second: last.map_or(0.0, |s| {
-                s.dirty_pages as f64 * PAGE / (s.dirty_ms / 1e3).max(1e-6)
-            }),
-            curve,
-            bandwidth,
             forecast: Forecasts {
                 rounds: likely.rounds + 1,
                 total_ms: total.times(1e3),
@@ -231,6 +221,66 @@ impl Look {
                 bytes: of(bytes),
                 throttle: likely.throttle,
             },
+        }
+    }
+
+    /// Whether rounds would bring a guest within the limit that dirties as many pages as `dirtied` says, no more and no
+    /// less, over a link that is neither near nor far.
+    #[must_use]
+    pub fn converges(&self, dirtied: impl Fn(f64) -> f64, goal: Goal) -> bool {
+        let course = self.course(ROUND_TRIP.likely, dirtied, goal);
+        course.last.verdict == Verdict::SwitchOver
+    }
+
+    fn course(&self, round_trip: f64, pages: impl Fn(f64) -> f64, goal: Goal) -> Course {
+        // Whether it ends in time is asked afterwards, so that the reason tells of the guest.
+        let endless = Goal {
+            timeout: None,
+            held: None,
+            ..goal
+        };
+        let road = Road {
+            rate: self.bandwidth.max(1) as f64 / PAGE,
+            round_trip,
+            harvest: self.harvest.as_secs_f64(),
+        };
+        let dirtied = |from: f64, to: f64, throttle| match throttle {
+            Throttle::Off => pages(to - from),
+            Throttle::All { percent } => pages((to - from) * (1.0 - f64::from(percent) / 100.0)),
+            Throttle::Writers { pages_per_second } => {
+                pages(to - from).min(pages_per_second.get() as f64 * (to - from))
+            }
+        };
+        let decide = |history: &_| decide(history, &endless);
+        rehearse(road, self.data_pages as f64, ROUNDS, dirtied, decide)
+    }
+}
+
+impl Look {
+    fn rehearse(self, goal: Goal, bandwidth: u64) -> DryRun {
+        let points = self.samples.iter().rev();
+        let points = points.map(|s| (s.dirty_ms / 1e3, s.dirty_pages as f64));
+        let curve = Curve::fit(points, self.total_pages as f64);
+        let pages = |time: f64| curve.map_or(Bounds::default(), |curve| curve.pages(time));
+        let scene = Scene {
+            data_pages: self.data_pages,
+            harvest: self.harvest,
+            bandwidth,
+        };
+        let found = scene.rehearse(pages, goal);
+        let last = self.samples.last();
+        DryRun {
+            converges: found.converges,
+            surely: found.surely,
+            reason: found.reason,
+            total_pages: self.total_pages,
+            data_pages: self.data_pages,
+            dirty_bytes_per_second: last.map_or(0.0, |s| {
+                s.dirty_pages as f64 * PAGE / (s.dirty_ms / 1e3).max(1e-6)
+            }),
+            curve,
+            bandwidth,
+            forecast: found.forecast,
             samples: self.samples,
         }
     }

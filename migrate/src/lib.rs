@@ -97,7 +97,7 @@ pub use channel::Channel;
 pub use clock::Clock;
 pub use connector::{Connector, connect};
 pub use destination::Destination;
-pub use dry_run::{DryRun, Forecasts, Sample, dry_run};
+pub use dry_run::{DryRun, Forecasts, Rehearsal, Sample, Scene, dry_run};
 pub use error::{Error, Result};
 pub use holes::Holes;
 pub use line::{Break, Cut, Way};

@@ -170,7 +170,7 @@ fn a_guest_faster_than_the_link_is_throttled_and_let_go_again() {
 #[test]
 fn the_bandwidth_limit_is_kept() {
     let source = ToySource::new(300); // 100 pages with contents: 400 KiB
-    let mut options = options();
+    let options = options();
     options.tuning.limit_bandwidth(Some(SLOW));
     let (near, far) = pair();
     let place = ToyDestination::default();

@@ -10,6 +10,7 @@ mod images;
 mod options;
 mod output;
 mod progress;
+mod rate;
 mod receive;
 mod send;
 mod trace;
@@ -50,6 +51,8 @@ enum Command {
     /// It takes one migration. After one that failed it ends with 1: start it again before the next `send`. Only where the
     /// source may not have heard of the failure it awaits its question for a while, and takes another guest meanwhile.
     Receive(receive::Receive),
+    /// Meters what a guest writes, beside whatever else is going on, and tells whether a migration would converge.
+    Rate(rate::Rate),
 }
 
 /// Runs the command line of this process.
@@ -61,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Guest(guest) => ("guest", guest.guest.check()),
         Command::Send(send) => ("send", send.check()),
         Command::Receive(receive) => ("receive", receive.check()),
+        Command::Rate(rate) => ("rate", rate.check()),
     };
     if let Err(problem) = checked {
         let mut all = Cli::command();
@@ -83,6 +87,7 @@ pub fn main() -> ExitCode {
         Command::Guest(guest) => guest.run(),
         Command::Send(send) => send.run(),
         Command::Receive(receive) => receive.run(),
+        Command::Rate(rate) => rate.run(),
     };
     match outcome {
         Ok(code) => code,

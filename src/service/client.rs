@@ -138,7 +138,7 @@ impl<E: Exchange> ServiceClient<E> {
     }
 }
 
-fn unexpected(response: &Response) -> Error {
+pub(super) fn unexpected(response: &Response) -> Error {
     Error::Service {
         reason: format!("an answer that does not fit: {response:?}")
             .chars()

@@ -12,12 +12,17 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::codec;
+use crate::rate::{Look, Metered};
 
 /// How a migration's stream begins, whose other end has taken the wrong socket.
 const STREAM: [u8; 4] = *b"GLNR";
 
 /// Version of these messages.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// What a meter says hello with, in place of a migration's name. So a service of version 1, which knows of no meter,
+/// answers it with its version.
+pub const METER: [u8; 16] = *b"a meter, no move";
 
 /// What the agent asks.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -26,7 +31,7 @@ pub enum Request {
     Hello {
         /// [`VERSION`].
         version: u32,
-        /// Names the attempt.
+        /// Names the attempt; [`METER`]: there is to be none.
         migration: [u8; 16],
     },
     /// The layout in force.
@@ -59,6 +64,12 @@ pub enum Request {
     Throttle(Throttle),
     /// The memory of a block of the layout, for writing: a destination on this host goes on with it.
     HandOver(BlockId),
+    /// Of a meter: what is metered.
+    Metered,
+    /// Of a meter: what was written since the last look.
+    Look,
+    /// Of a meter: more of the last look, whose pages came to a whole chunk.
+    Rest,
 }
 
 /// What the service answers.
@@ -108,6 +119,12 @@ pub enum Response {
     Error(String),
     /// What can be slowed.
     Throttles(Throttles),
+    /// What is metered.
+    Metered(Metered),
+    /// A look, with the first chunk of its pages.
+    Look(Look),
+    /// The next chunk; one that is not whole is the last.
+    Rest(Vec<Extent>),
 }
 
 /// A lease, as it travels.

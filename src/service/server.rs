@@ -11,7 +11,9 @@ use gleaner_migrate::{Address, CancelToken, Listener, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 
-use super::message::{Request, Response, receive_request, send_response};
+use super::connections::Connections;
+use super::message::{METER, Request, Response, receive_request, send_response};
+use super::meters::Meters;
 use super::session::Session;
 use super::watch::{GuestWatch, HooksMaker};
 use crate::{Error, Hooks, LocalSource, Result, Tracker};
@@ -119,7 +121,7 @@ fn thread<T: Send + 'static>(
         .map_err(|source| Error::Thread { name, source })
 }
 
-/// A tracker's service on a Unix socket. Dropping it removes the socket and hangs up on the agent.
+/// A tracker's service on a Unix socket. Dropping it removes the socket and hangs up on the agent and on meters.
 #[derive(Debug)]
 pub struct Service {
     path: PathBuf,
@@ -128,8 +130,7 @@ pub struct Service {
     hooks: HooksMaker,
     watch: GuestWatch,
     ended: CancelToken,
-    /// The connection that is being served.
-    current: Arc<Mutex<Option<UnixStream>>>,
+    connections: Arc<Connections>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -156,11 +157,14 @@ impl Service {
         let watch = GuestWatch::default();
         let hooks = HooksMaker::new(hooks, &watch);
         let ended = CancelToken::new();
-        let current = Arc::new(Mutex::new(None));
+        let connections = Arc::new(Connections::default());
+        let meters = Meters::new(tracker);
         let (source, made) = (tracker.clone(), hooks.clone());
         let session = Session::new(move || Ok(LocalSource::unlogged(&source, made.make())));
-        let (stop, slot) = (ended.clone(), Arc::clone(&current));
-        let thread = thread("service", move || accept(&listener, session, &stop, &slot))?;
+        let (stop, open) = (ended.clone(), Arc::clone(&connections));
+        let thread = thread("service", move || {
+            accept(&listener, session, &meters, &stop, &open);
+        })?;
         Ok(Self {
             path,
             tracker: tracker.clone(),
@@ -168,7 +172,7 @@ impl Service {
             hooks,
             watch,
             ended,
-            current,
+            connections,
             thread: Some(thread),
         })
     }
@@ -204,16 +208,24 @@ const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries to accept a connection.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// Serves one agent after the other. Another one that comes meanwhile is told so by a thread of its own.
+/// Serves one agent after the other, and any meter meanwhile. Each has a thread of its own; so has another agent, to be told
+/// that one is attached.
 fn accept<F>(
     listener: &Listener,
     session: Session<LocalSource, F>,
+    meters: &Meters,
     ended: &CancelToken,
-    current: &Mutex<Option<UnixStream>>,
+    connections: &Connections,
 ) where
     F: FnMut() -> Result<LocalSource> + Send,
 {
     let session = Mutex::new(session);
+    let current = Mutex::new(None);
+    let agents = Agents {
+        session: &session,
+        current: &current,
+        ended,
+    };
     std::thread::scope(|scope| {
         while !ended.is_cancelled() {
             let stream = match listener.accept_until(ended, None) {
@@ -226,10 +238,9 @@ fn accept<F>(
                     continue;
                 }
             };
-            let session = &session;
             let serve = move || {
-                if let Err(error) = connection(stream, session, ended, current) {
-                    tracing::info!(%error, "agent");
+                if let Err(error) = connection(stream, agents, meters, connections) {
+                    tracing::info!(%error, "agent or meter");
                 }
             };
             // An agent comes again; a guest that its service has killed does not.
@@ -254,48 +265,79 @@ pub(crate) fn stranger(stream: &UnixStream) -> io::Result<Option<String>> {
     }))
 }
 
+/// What agents are served with. Their connections are served one after the other.
+struct Agents<'a, F> {
+    session: &'a Mutex<Session<LocalSource, F>>,
+    /// The connection of the one that is attached.
+    current: &'a Mutex<Option<UnixStream>>,
+    ended: &'a CancelToken,
+}
+
+impl<F> Clone for Agents<'_, F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F> Copy for Agents<'_, F> {}
+
 fn connection<F>(
     mut stream: UnixStream,
-    session: &Mutex<Session<LocalSource, F>>,
-    ended: &CancelToken,
-    current: &Mutex<Option<UnixStream>>,
+    agents: Agents<'_, F>,
+    meters: &Meters,
+    connections: &Connections,
 ) -> io::Result<()>
 where
     F: FnMut() -> Result<LocalSource>,
 {
+    let Some(_open) = connections.enter(&stream)? else {
+        return Ok(());
+    };
     if let Some(refusal) = stranger(&stream)? {
         return send_response(&mut stream, &Response::Error(refusal), None);
     }
-    let Some(mut session) = take(session, ended, current) else {
-        let text = "another agent is attached: wait until it has finished, or end it".into();
-        return send_response(&mut stream, &Response::Error(text), None);
-    };
-    *lock(current) = Some(stream.try_clone()?);
-    if ended.is_cancelled() {
-        // Whoever ended the service may have looked before there was something to hang up on.
-        *lock(current) = None;
-        return Ok(());
-    }
-    // Whoever is attached keeps others out, so it has to begin.
     stream.set_read_timeout(Some(HELLO_PATIENCE))?;
-    let attached = Attached {
-        session: &mut session,
-        current,
-    };
-    while let Some(request) = receive(&mut stream)? {
-        tracing::debug!(?request, "agent");
-        let reply = attached.session.handle(request);
-        // A guest that stands still waits for nobody who hangs; one that runs has time.
-        let patience = attached.session.is_stopped().then_some(STOPPED_PATIENCE);
-        stream.set_read_timeout(patience)?;
-        stream.set_write_timeout(patience)?;
-        send_response(&mut stream, &reply.response, reply.fd.as_ref())?;
+    match receive(&mut stream)? {
+        None => Ok(()),
+        Some(Request::Hello {
+            version,
+            migration: METER,
+        }) => meters.serve(&mut stream, version),
+        Some(first) => agents.serve(stream, first),
     }
-    Ok(())
+}
+
+impl<F: FnMut() -> Result<LocalSource>> Agents<'_, F> {
+    /// Serves an agent whose first request has come, until it hangs up.
+    fn serve(self, mut stream: UnixStream, first: Request) -> io::Result<()> {
+        let Some(mut session) = take(self.session, self.ended, self.current) else {
+            let text = "another agent is attached: wait until it has finished, or end it".into();
+            return send_response(&mut stream, &Response::Error(text), None);
+        };
+        *lock(self.current) = Some(stream.try_clone()?);
+        let attached = Attached {
+            session: &mut session,
+            current: self.current,
+        };
+        // Whoever is attached keeps others out, so it has to begin.
+        stream.set_read_timeout(Some(HELLO_PATIENCE))?;
+        let mut next = Some(first);
+        while let Some(request) = next {
+            tracing::debug!(?request, "agent");
+            let reply = attached.session.handle(request);
+            // A guest that stands still waits for nobody who hangs; one that runs has time.
+            let patience = attached.session.is_stopped().then_some(STOPPED_PATIENCE);
+            stream.set_read_timeout(patience)?;
+            stream.set_write_timeout(patience)?;
+            send_response(&mut stream, &reply.response, reply.fd.as_ref())?;
+            next = receive(&mut stream)?;
+        }
+        Ok(())
+    }
 }
 
 /// The next request. Whoever asks what is none is told so.
-fn receive(stream: &mut UnixStream) -> io::Result<Option<Request>> {
+pub(super) fn receive(stream: &mut UnixStream) -> io::Result<Option<Request>> {
     let request = receive_request(stream);
     if let Err(error) = &request
         && error.kind() == io::ErrorKind::InvalidData
@@ -358,9 +400,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Drop for Service {
     fn drop(&mut self) {
         self.ended.cancel();
-        if let Some(stream) = lock(&self.current).take() {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.connections.end();
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so.
             let _ = thread.join();

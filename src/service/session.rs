@@ -66,6 +66,13 @@ impl From<Response> for Reply {
     }
 }
 
+/// Somebody speaks another version.
+pub(super) fn refused_version(who: &str, version: u32) -> Response {
+    Response::Error(format!(
+        "this service speaks version {VERSION}, the {who} version {version}: use the same gleaner for both"
+    ))
+}
+
 /// All attempts on one guest, one agent after the other.
 ///
 /// Invariants: the guest goes on whenever an agent is gone in `Migrating` or `Stopped`; from `Committing` on only
@@ -149,10 +156,7 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
 
     fn hello(&mut self, version: u32, migration: [u8; 16]) -> Reply {
         if version != VERSION {
-            return Response::Error(format!(
-                "this service speaks version {VERSION}, the agent version {version}: use the same gleaner for both"
-            ))
-            .into();
+            return refused_version("agent", version).into();
         }
         match self.phase {
             Phase::Committing => {
@@ -179,7 +183,7 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
     fn allows(&self, request: &Request) -> bool {
         use Phase::{Committing, Idle, Migrating, Stopped};
         match request {
-            Request::Hello { .. } => false,
+            Request::Hello { .. } | Request::Metered | Request::Look | Request::Rest => false,
             Request::Layout
             | Request::Block(_)
             | Request::Throttles
@@ -201,6 +205,9 @@ impl<S: SessionSource, F: FnMut() -> crate::Result<S>> Session<S, F> {
         };
         let response = match request {
             Request::Hello { .. } => Response::Error("hello was said already".into()),
+            Request::Metered | Request::Look | Request::Rest => {
+                Response::Error("an agent is no meter".into())
+            }
             Request::Layout => {
                 let layout = source.layout()?;
                 Response::Layout {

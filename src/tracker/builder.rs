@@ -116,6 +116,7 @@ impl TrackerBuilder {
             reaper: Arc::new(Reaper::default()),
             transactions: AtomicU64::new(0),
             throttled: AtomicBool::new(false),
+            away: AtomicBool::new(false),
             state: Mutex::new(State {
                 layout: Arc::new(Layout::empty(capabilities.slot_limit)),
                 blocks: BTreeMap::new(),

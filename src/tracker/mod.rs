@@ -17,7 +17,7 @@ mod transaction;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gleaner_bitmap::mutant::{self, Mutant};
 use gleaner_bitmap::{
@@ -75,6 +75,8 @@ struct Shared {
     transactions: AtomicU64,
     /// There is a [`Throttling`].
     throttled: AtomicBool,
+    /// The guest runs elsewhere.
+    away: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -127,6 +129,16 @@ impl Tracker {
         self.0.transactions.load(Ordering::Relaxed)
     }
 
+    /// Whether the guest has migrated away: it runs elsewhere, and nothing is written here any more.
+    #[must_use]
+    pub fn is_migrated_away(&self) -> bool {
+        self.0.away.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn migrated_away(&self) {
+        self.0.away.store(true, Ordering::SeqCst);
+    }
+
     /// The gate that vCPU threads pass.
     #[must_use]
     pub fn gate(&self) -> &Arc<Gate> {
@@ -168,7 +180,15 @@ impl Tracker {
     /// # Errors
     /// [`Error::Bitmap`], [`Error::Kvm`]: what was collected is held back, and published by the next harvest that succeeds.
     pub fn harvest(&self) -> Result<HarvestReport> {
-        self.0.harvest_all(&mut self.0.lock())
+        self.timed_harvest().map(|(report, _)| report)
+    }
+
+    /// A harvest and what it took, without the wait for a transaction or for another harvest.
+    pub(crate) fn timed_harvest(&self) -> Result<(HarvestReport, Duration)> {
+        let mut state = self.0.lock();
+        let began = Instant::now();
+        let report = self.0.harvest_all(&mut state)?;
+        Ok((report, began.elapsed()))
     }
 
     /// A new consumer of the dirty store. The first one switches logging on.

@@ -142,6 +142,13 @@ impl Tracker {
         }
     }
 
+    /// How many pages each vCPU has dirtied so far, by its id; empty unless it is known who writes. A page counts again
+    /// when it is written after a harvest.
+    #[must_use]
+    pub fn dirtied_by_vcpus(&self) -> Vec<(u64, u64)> {
+        self.0.dirtied()
+    }
+
     /// Slows the guest until what is returned is dropped.
     ///
     /// # Errors
@@ -162,13 +169,6 @@ impl Tracker {
             return Err(Error::NoWriters);
         }
         self.slow(Slowing::These(limits))
-    }
-
-    /// How many pages each vCPU has dirtied so far, by id, as far as they were harvested; a page counts again when it is
-    /// written after a harvest. Empty unless dirty rings tell who writes.
-    #[must_use]
-    pub fn dirtied_by_vcpus(&self) -> Vec<(u64, u64)> {
-        self.0.dirtied()
     }
 
     fn slow(&self, throttle: Slowing) -> Result<Throttling> {

@@ -129,7 +129,8 @@ impl Process {
         self.wait_for(&format!("it says {text:?}"), |said| said.contains(text))
     }
 
-    fn wait_for(&mut self, what: &str, good: impl Fn(&str) -> bool) -> String {
+    /// Waits until what it has said on standard error, in whole lines, is `good`, and returns it.
+    pub fn wait_for(&mut self, what: &str, good: impl Fn(&str) -> bool) -> String {
         until(&format!("{}: {what}", self.what), || {
             // Asked first: what a process said before its end is here then.
             let over = self.child.try_wait().unwrap().is_some();

@@ -1,10 +1,12 @@
 //! Conversations of agent and service.
 
+use gleaner::rate::{Look, Metered};
 use gleaner::service::{LeaseMessage, Request, Response, VERSION};
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PageRange, Slot};
 
 use gleaner_migrate::{Throttle, Throttles};
 use std::num::NonZeroU64;
+use std::time::Duration;
 
 use super::Seed;
 use crate::agent::{ANY_LENGTH, WITH_FD};
@@ -86,6 +88,13 @@ pub fn requests() -> Vec<Seed> {
         version: 9,
         migration: [9; 16],
     };
+    let meters = [
+        Request::Look,
+        HELLO,
+        Request::Metered,
+        Request::Look,
+        Request::Rest,
+    ];
     let unknown = [
         HELLO,
         Block(BlockId(77)),
@@ -114,6 +123,7 @@ pub fn requests() -> Vec<Seed> {
             said(&[], &[Stop, HELLO, State, Complete, Relinquish, Stop, Stop]),
         ),
         ("another-version", said(&[], &[old, Layout])),
+        ("a-meters-questions", said(&[], &meters)),
         ("nothing-of-that-name", said(&[], &unknown)),
         ("no-message", vec![5, 250, 250, 250, 250, 250]),
     ];
@@ -144,6 +154,22 @@ fn layout() -> Response {
     }
 }
 
+fn look() -> Look {
+    Look {
+        at: Duration::from_millis(50),
+        harvest: Duration::from_micros(200),
+        blocks: vec![BlockInfo {
+            id: BlockId(2),
+            name: "ram".into(),
+            pages: 8,
+        }],
+        gone: vec![BlockId(1)],
+        written: vec![Extent::new(BlockId(2), 3, 4)],
+        vcpus: vec![(0, 3), (1, 1)],
+        migrated_away: false,
+    }
+}
+
 fn leased(extents: &[(u64, u64, u64)]) -> Response {
     let extents = extents
         .iter()
@@ -155,7 +181,7 @@ fn leased(extents: &[(u64, u64, u64)]) -> Response {
     }))
 }
 
-fn responses() -> [(&'static str, Response); 7] {
+fn responses() -> [(&'static str, Response); 9] {
     [
         (
             "response-in-doubt",
@@ -167,6 +193,15 @@ fn responses() -> [(&'static str, Response); 7] {
         ("response-number", Response::Number(u64::MAX)),
         ("response-error", Response::Error("no".into())),
         ("response-throttles", Response::Throttles(Throttles::All)),
+        ("response-look", Response::Look(look())),
+        (
+            "response-metered",
+            Response::Metered(Metered {
+                tracking: "ring".into(),
+                data_pages: 8,
+                throttles: Throttles::Writers,
+            }),
+        ),
     ]
 }
 
