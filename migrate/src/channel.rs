@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::lane::MAX_IN_FLIGHT;
 use crate::patience::{LINGER, TICK};
 use crate::wire::{Inlet, Message, Outlet, Patience, Payload};
 use crate::{Error, Result, Stream};
@@ -52,6 +53,11 @@ pub trait Channel {
     /// Whether a descriptor can go along with a frame. Unless overridden, none can.
     fn takes_descriptors(&self) -> bool {
         false
+    }
+
+    /// Syncs that may be unanswered at a time: enough to keep the line busy while answers travel. Unless overridden, 4.
+    fn most_unanswered(&self) -> usize {
+        MAX_IN_FLIGHT
     }
 
     /// What is likely, and what to do, when the destination is gone or silent now without a reason. `None` of one that
@@ -103,6 +109,10 @@ macro_rules! holders {
 
             fn takes_descriptors(&self) -> bool {
                 (**self).takes_descriptors()
+            }
+
+            fn most_unanswered(&self) -> usize {
+                (**self).most_unanswered()
             }
 
             fn advice(&self) -> Option<String> {

@@ -15,7 +15,7 @@ use crate::there::There;
 use crate::wire::{Message, Payload};
 use crate::{Channel, Error, LeaseId, Result};
 
-/// Jobs that may be under way on a connection: enough to keep a fast link busy while answers travel.
+/// Jobs that may be under way on a connection whose frames are answered one by one: enough to keep a fast link busy while answers travel.
 pub(crate) const MAX_IN_FLIGHT: usize = 4;
 
 /// A job whose pages are written, and not known to be applied.
@@ -49,6 +49,11 @@ impl<C: Channel> Lane<C> {
 }
 
 impl<C: Channel + ?Sized> Lane<C> {
+    /// Jobs that may be under way at a time.
+    pub(crate) fn most_under_way(&self) -> usize {
+        self.link.most_unanswered()
+    }
+
     /// Jobs that are not known to be applied.
     pub(crate) fn under_way(&self) -> usize {
         self.in_flight.len()

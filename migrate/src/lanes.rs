@@ -16,7 +16,7 @@ use gleaner_bitmap::Generation;
 
 use crate::batch::Tally;
 use crate::job::Job;
-use crate::lane::{Lane, MAX_IN_FLIGHT};
+use crate::lane::Lane;
 use crate::link::{Failure, Limits};
 use crate::patience::TICK;
 use crate::supply::{Next, Supply};
@@ -164,7 +164,8 @@ fn alone<C: Channel>(
     generation: Generation,
     there: &There,
 ) -> Result<()> {
-    let mut most = MAX_IN_FLIGHT - 1;
+    let busy = lane.most_under_way() - 1;
+    let mut most = busy;
     loop {
         match supply.next()? {
             Next::Job(job) => lane.send(&job, generation, there)?,
@@ -176,7 +177,7 @@ fn alone<C: Channel>(
                 supply.done(lease)?;
             }
         }
-        most = MAX_IN_FLIGHT - 1;
+        most = busy;
     }
     while let Some(lease) = lane.applied()? {
         supply.done(lease)?;
@@ -222,7 +223,7 @@ fn work(lane: &mut AnyLane, board: &Board, generation: Generation, there: &There
             Take::Over if lane.under_way() == 0 => return Ok(()),
             Take::Over => apply(lane, board)?,
         }
-        while lane.under_way() >= MAX_IN_FLIGHT {
+        while lane.under_way() >= lane.most_under_way() {
             apply(lane, board)?;
         }
     }

@@ -150,6 +150,11 @@ fn patience(limits: &Limits) -> impl Fn(Duration) -> Result<()> {
 }
 
 impl<C: Channel + ?Sized> Link<C> {
+    /// See [`Channel::most_unanswered`].
+    pub(crate) fn most_unanswered(&self) -> usize {
+        self.channel.most_unanswered()
+    }
+
     /// See [`Channel::advice`].
     pub(crate) fn advice(&self) -> Option<String> {
         self.channel.advice()

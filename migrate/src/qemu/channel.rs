@@ -12,6 +12,7 @@ use super::answers::{Answers, Awaited};
 use super::line::Line;
 use super::peer::Peer;
 use super::{MultifdSync, QemuOptions, packet, record};
+use crate::lane::MAX_IN_FLIGHT;
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::wire::{Adopted, Message, Patience, Payload, VERSION};
 use crate::{Channel, Connector, Error, Result, Stream};
@@ -20,9 +21,12 @@ use crate::{Channel, Connector, Error, Result, Stream};
 /// zeros, or waits for a core. The default is half of it.
 const ROOM: usize = 400 << 10;
 
-/// Syncs that a lane lets come together before it asks for a full one. With half of its jobs known to be applied it
-/// needn't wait for the rest.
-const TOGETHER: usize = 2;
+/// Syncs of a lane that may be unanswered where pages go over several connections: a full sync holds up all of them, so it
+/// has to be rare.
+const UNANSWERED: usize = 8;
+/// Syncs that a lane lets come together before it asks for a full one. With those before known to be applied it needn't wait
+/// for it at once.
+const TOGETHER: usize = 6;
 /// How long a QEMU may be silent at first before the user is told.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -283,6 +287,13 @@ impl Channel for QemuChannel {
 
     fn is_answered(&self) -> bool {
         self.peer.answers.is_some()
+    }
+
+    fn most_unanswered(&self) -> usize {
+        match self.peer.channels() {
+            0 => MAX_IN_FLIGHT,
+            _ => UNANSWERED,
+        }
     }
 
     fn advice(&self) -> Option<String> {

@@ -38,7 +38,7 @@
 //! Between two connections nothing is in order, so nothing is known to be applied before a full sync: a SYNC packet on
 //! every connection, behind which QEMU waits, and a mark on the main one that lets all go on when all have come there.
 //! Sync is answered by the PONG behind a full sync that began after it, and a page is leased again only then. A full
-//! sync serves all lanes, so it is put off: until a lane has two Syncs that none covers, or waits for an answer.
+//! sync serves all lanes, so it is put off: until a lane has six Syncs that none covers, or waits for an answer.
 //!
 //! Zeros go over the main connection whatever the version. From 9.0 on they may go in packets too, but there QEMU takes a
 //! page that comes as zero for the first time to be zero already, which used memory is not.
