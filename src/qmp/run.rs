@@ -24,7 +24,7 @@ impl Pause {
     }
 }
 
-const BY_A_MIGRATION: &str = "a migration has stopped the guest: wait until it has ended";
+const BY_A_MIGRATION: &str = "a migration has stopped the guest: wait until it has ended; of one in doubt the guest may run elsewhere";
 
 pub(super) fn query(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusal> {
     none(value)?;

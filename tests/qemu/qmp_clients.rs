@@ -52,7 +52,7 @@ fn the_rust_client_of_qemu_measures_and_migrates() {
         return;
     }
     let place = Place::new();
-    let (mut guest, path) = guest(&place, &["--tracking", "ring"]);
+    let (guest, path) = guest(&place, &["--tracking", "ring"]);
     let stream = UnixStream::connect(path).unwrap();
     let mut client = Qmp::from_stream(&stream);
     let greeting = client.handshake().unwrap();
@@ -93,6 +93,5 @@ fn the_rust_client_of_qemu_measures_and_migrates() {
     let stopped = |event: &qmp::Event| matches!(event, qmp::Event::STOP { .. });
     assert_eq!(events.iter().filter(|e| stopped(e)).count(), 1);
     client.execute(&qmp::quit {}).unwrap();
-    guest.process.says("has migrated away");
     assert_eq!(guest.process.end().code, Some(0));
 }
