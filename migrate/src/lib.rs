@@ -30,7 +30,7 @@
 //!   source reads.
 //! * [`wire`] is the format: identity on the wire is (block, page).
 //! * [`Format::Qemu`] brings the memory to a stock QEMU instead, by the same rounds. [`QemuReceiver`] takes that of one.
-//! * [`trace`] tells which pages a guest dirtied by when.
+//! * [`trace`] tells which pages a guest dirtied by when, and [`plan`] replays that through the policy.
 //! * On one host memory need not travel: with [`SenderOptions::local`] the destination goes on with the source's own.
 //! * Never two guests: between GO and its answer the source stays stopped, until the destination has said what became
 //!   of it ([`query`], [`resolve`]).
@@ -67,6 +67,7 @@ mod newcomers;
 mod outcome;
 mod pack;
 mod patience;
+pub mod plan;
 pub mod policy;
 mod qemu;
 mod raw;

@@ -30,6 +30,7 @@ mod writer;
 mod tests;
 
 pub use followed::Followed;
+pub(crate) use followed::scatter;
 pub use reader::{Trace, TraceRecord, TracedBlock};
 pub use recorder::Recorder;
 pub use runs::TraceRuns;

@@ -119,7 +119,7 @@ impl<W: Write> TraceWriter<W> {
     }
 
     /// As [`TraceWriter::dirtied`], by groups.
-    fn groups(&mut self, block: usize, groups: PageRange) {
+    pub(crate) fn groups(&mut self, block: usize, groups: PageRange) {
         let first = self.blocks[block].first + groups.first;
         self.dirty.set_range(PageRange::new(first, groups.pages));
     }
