@@ -108,7 +108,8 @@ impl<'a> TracedGuest<'a> {
 
     /// Where it is in its own time after so many seconds.
     fn after(&self, seconds: f64, throttle: Throttle) -> f64 {
-        let time = seconds * 1e6;
+        // To the nanosecond, so that a moment at the end of a record is not a trace of the next one.
+        let time = (seconds * 1e9).round() / 1e3;
         match throttle {
             Throttle::Off => self.now + time,
             Throttle::All { percent } => self.now + time * (1.0 - f64::from(percent) / 100.0),
