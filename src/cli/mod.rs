@@ -8,6 +8,7 @@ mod guest;
 mod images;
 mod options;
 mod output;
+mod plan;
 mod progress;
 mod receive;
 mod send;
@@ -49,6 +50,8 @@ enum Command {
     /// It takes one migration. After one that failed it ends with 1: start it again before the next `send`. Only where the
     /// source may not have heard of the failure it awaits its question for a while, and takes another guest meanwhile.
     Receive(receive::Receive),
+    /// Tells what a migration would be like, from a trace of what the guest dirties: by the policy of `send`, and by others.
+    Plan(plan::Plan),
 }
 
 /// Runs the command line of this process.
@@ -60,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Guest(guest) => ("guest", guest.guest.check()),
         Command::Send(send) => ("send", send.check()),
         Command::Receive(receive) => ("receive", receive.check()),
+        Command::Plan(plan) => ("plan", plan.check()),
     };
     if let Err(problem) = checked {
         let mut all = Cli::command();
@@ -82,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Guest(guest) => guest.run(),
         Command::Send(send) => send.run(),
         Command::Receive(receive) => receive.run(),
+        Command::Plan(plan) => plan.run(),
     };
     match outcome {
         Ok(code) => code,
