@@ -377,6 +377,27 @@ pub enum Error {
         /// The page, from the start of the block.
         page: u64,
     },
+    /// Not a trace.
+    #[error("not a trace of dirty pages: its first bytes are others")]
+    NotATrace,
+    /// A trace of a version that this release doesn't know.
+    #[error(
+        "the trace has version {found}, this release reads {newest}: use the release that wrote it"
+    )]
+    TraceVersion {
+        /// The version of the trace.
+        found: u16,
+        /// The newest that is read.
+        newest: u16,
+    },
+    /// A trace with something in it that can't be.
+    #[error("the trace is damaged at byte {at}: {problem}")]
+    DamagedTrace {
+        /// Where the header, or the record, begins.
+        at: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// Memory that was handed over is not what it must be.
     #[error("the memory of block {name} can't be taken over: {why}")]
     NotShareable {

@@ -30,6 +30,7 @@
 //!   source reads.
 //! * [`wire`] is the format: identity on the wire is (block, page).
 //! * [`Format::Qemu`] brings the memory to a stock QEMU instead, by the same rounds. [`QemuReceiver`] takes that of one.
+//! * [`trace`] tells which pages a guest dirtied by when, and [`plan`] replays that through the policy.
 //! * On one host memory need not travel: with [`SenderOptions::local`] the destination goes on with the source's own.
 //! * Never two guests: between GO and its answer the source stays stopped, until the destination has said what became
 //!   of it ([`query`], [`resolve`]).
@@ -66,6 +67,7 @@ mod newcomers;
 mod outcome;
 mod pack;
 mod patience;
+pub mod plan;
 pub mod policy;
 mod qemu;
 mod raw;
@@ -84,6 +86,7 @@ mod threads;
 mod throttle;
 #[cfg(feature = "tls")]
 mod tls;
+pub mod trace;
 mod tuning;
 pub mod units;
 mod verify;
@@ -118,5 +121,6 @@ pub use stream::Stream;
 pub use throttle::{Throttle, Throttles};
 #[cfg(feature = "tls")]
 pub use tls::{TlsClient, TlsServer, TlsStream};
+pub use trace::{Followed, Recorder, Trace, TraceWriter};
 pub use tuning::Tuning;
 pub use watch::{OnTick, Tick};

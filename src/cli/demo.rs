@@ -20,7 +20,7 @@ use super::Failure;
 use super::options::{GuestOptions, MigrationOptions, cancel_on_signal};
 use super::output::Output;
 use super::send::{exit_code, summary};
-use super::trace::Trace;
+use super::trace::{Trace, recording};
 use super::units::Churn;
 use crate::service::{Attach, Service, ServiceClient};
 use crate::vmm::churn::Kind;
@@ -178,7 +178,14 @@ impl Demo {
             (tracker.clone(), tracker.transactions(), self.transactions);
         options.held_back = "until so many slot transactions have happened as --transactions says";
         options.hold = Some(Box::new(move || tracker.transactions() - before >= wanted));
-        let report = Sender::new(&mut source, options).run_to(&Connector::new(to.clone()));
+        let pages = trace
+            .map(Trace::pages)
+            .transpose()
+            .map_err(output.failure())?;
+        let clock = options.clock.clone();
+        let report = recording(&mut source, pages, &clock, |source| {
+            Sender::new(source, options).run_to(&Connector::new(to.clone()))
+        });
         if let Some(trace) = trace {
             trace.end(&report);
         }

@@ -9,6 +9,7 @@ mod guest;
 mod images;
 mod options;
 mod output;
+mod plan;
 mod progress;
 mod rate;
 mod receive;
@@ -53,6 +54,8 @@ enum Command {
     Receive(receive::Receive),
     /// Meters what a guest writes, beside whatever else is going on, and tells whether a migration would converge.
     Rate(rate::Rate),
+    /// Tells what a migration would be like, from a trace of what the guest dirties: by the policy of `send`, and by others.
+    Plan(plan::Plan),
 }
 
 /// Runs the command line of this process.
@@ -65,6 +68,7 @@ pub fn main() -> ExitCode {
         Command::Send(send) => ("send", send.check()),
         Command::Receive(receive) => ("receive", receive.check()),
         Command::Rate(rate) => ("rate", rate.check()),
+        Command::Plan(plan) => ("plan", plan.check()),
     };
     if let Err(problem) = checked {
         let mut all = Cli::command();
@@ -88,6 +92,7 @@ pub fn main() -> ExitCode {
         Command::Send(send) => send.run(),
         Command::Receive(receive) => receive.run(),
         Command::Rate(rate) => rate.run(),
+        Command::Plan(plan) => plan.run(),
     };
     match outcome {
         Ok(code) => code,

@@ -13,7 +13,7 @@ use gleaner_migrate::{
 use super::format::FormatOptions;
 use super::options::{MigrationOptions, Packing, Slow, TlsOptions, cancel_on_signal};
 use super::output::Output;
-use super::trace::Trace;
+use super::trace::{Trace, recording};
 use super::{Failure, dry_run};
 use crate::service::{Attach, ServiceClient};
 
@@ -125,6 +125,11 @@ impl Send {
         let Some(address) = self.to.as_ref().filter(|_| !self.dry_run) else {
             return self.rehearse(output, id, cancel, trace.as_ref());
         };
+        let pages = match &trace {
+            // Of memory that is handed over no page is sent, so none is looked for.
+            Some(trace) if !self.local => Some(trace.pages().map_err(output.failure())?),
+            _ => None,
+        };
         let to = self.tls.connector(address.clone());
         let mut source = match ServiceClient::attach_until(&self.control, id, &cancel) {
             Ok(Attach::Ready(source)) => source,
@@ -146,7 +151,10 @@ impl Send {
         let mut options = self.migration.sender(id, cancel, trace.as_ref());
         options.local = self.local;
         options.format = self.format.format();
-        let report = Sender::new(&mut source, options).run_to(&to);
+        let clock = options.clock.clone();
+        let report = recording(&mut source, pages, &clock, |source| {
+            Sender::new(source, options).run_to(&to)
+        });
         if let Some(trace) = trace {
             trace.end(&report);
         }

@@ -8,13 +8,15 @@
 //! | `end` | last, unless the process was killed | those of a [`Report`] but for its rounds, or of a rehearsal |
 //!
 //! Times end in `_ms`, rates are by the second; a bound that is not known is null.
+//!
+//! Beside it, in `FILE.pages`, is which pages were dirtied by when: a [trace](gleaner_migrate::trace) for `gleaner plan`.
 
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gleaner_migrate::{MigrationId, Progress, Report, SenderOptions};
+use gleaner_migrate::{Clock, MigrationId, Progress, Recorder, Report, SenderOptions, Source};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -39,6 +41,13 @@ impl Trace {
             path: path.to_owned(),
             file: Some(file),
         }))))
+    }
+
+    /// Opens the file beside it, for the pages that the guest dirties, and empties it.
+    pub fn pages(&self) -> Result<File, String> {
+        let path = pages_beside(&self.written().path);
+        File::create(&path)
+            .map_err(|error| format!("can't write the trace {}: {error}", path.display()))
     }
 
     /// A migration begins.
@@ -77,7 +86,7 @@ impl Trace {
         if let (Value::Object(line), Value::Object(fields)) = (&mut line, json!(fields)) {
             line.extend(fields);
         }
-        let mut written = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut written = self.written();
         let Some(file) = &mut written.file else {
             return;
         };
@@ -89,4 +98,35 @@ impl Trace {
             written.file = None;
         }
     }
+
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where the pages are that were dirtied in the migration of a trace.
+pub fn pages_beside(path: &Path) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(".pages");
+    path.into()
+}
+
+/// Runs a migration and writes to `pages`, if there is such a file, what the guest dirties meanwhile. A failure ends the
+/// trace, not the migration.
+pub fn recording(
+    source: &mut dyn Source,
+    pages: Option<File>,
+    clock: &Clock,
+    migrate: impl FnOnce(&mut dyn Source) -> Report,
+) -> Report {
+    let Some(pages) = pages else {
+        return migrate(source);
+    };
+    let mut recorder = Recorder::new(source, pages, clock.clone());
+    let report = migrate(&mut recorder);
+    recorder.end();
+    if let Some(failure) = recorder.failure() {
+        eprintln!("gleaner: the trace of dirtied pages ends early: {failure}");
+    }
+    report
 }

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use crate::common::kvm;
 use crate::harness::*;
 
-const COMMANDS: [&str; 4] = ["demo", "guest", "send", "receive"];
+const COMMANDS: [&str; 5] = ["demo", "guest", "send", "receive", "plan"];
 
 #[test]
 fn every_help_has_an_example() {
@@ -40,6 +40,9 @@ fn wrong_usage_is_2_and_names_the_fault() {
         (vec!["migrate"], "unrecognized subcommand 'migrate'"),
         (vec!["guest"], "--control"),
         (vec!["receive"], "--listen"),
+        (vec!["plan", "--trace", "x"], "--bandwidth"),
+        (vec!["plan", "--generate", "idle"], "write --bandwidth"),
+        (vec!["plan", "--generate", "busy"], "no kind of trace"),
         (vec!["send", "--control", "/x"], "--to"),
         (with(&guest, &["--ram", "4X"]), "\"4X\" is no size"),
         (with(&guest, &["--ram", "0"]), "\"0\" is no size"),

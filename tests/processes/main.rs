@@ -19,6 +19,7 @@ mod harness;
 mod hops;
 mod kills;
 mod local;
+mod plan;
 mod proxy;
 mod slowed;
 mod soak;

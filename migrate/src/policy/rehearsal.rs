@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Decision, History, Round, Verdict};
+use super::{BUILD, Decision, GO, History, Round, STATE, STOP, Verdict};
 use crate::Throttle;
 
 /// The way to the destination, and what a harvest costs.
@@ -14,6 +14,19 @@ pub(crate) struct Road {
     pub(crate) round_trip: f64,
     /// Seconds.
     pub(crate) harvest: f64,
+}
+
+impl Road {
+    /// Seconds from the decision to switch over until the guest stands still: what it dirties in them is left as well.
+    pub(crate) fn stopping(&self) -> f64 {
+        self.harvest + STOP.likely
+    }
+
+    /// Seconds of downtime with so many pages left when the guest stands still.
+    pub(crate) fn downtime(&self, pages: f64) -> f64 {
+        let built = STATE.likely + BUILD.likely + GO.likely;
+        self.stopping() + pages / self.rate + 3.0 * self.round_trip + built
+    }
 }
 
 /// Where it led to.
@@ -39,7 +52,7 @@ pub(crate) fn rehearse(
     road: Road,
     pages: f64,
     rounds: u32,
-    dirtied: impl Fn(f64, f64, Throttle) -> f64,
+    mut dirtied: impl FnMut(f64, f64, Throttle) -> f64,
     mut choose: impl FnMut(&History) -> Decision,
 ) -> Course {
     let mut history = History::default();

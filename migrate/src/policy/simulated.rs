@@ -4,7 +4,7 @@ use std::time::Duration;
 
 pub(super) use super::rehearsal::Road;
 use super::rehearsal::rehearse;
-use super::{BUILD, Bounds, Decision, GO, Goal, History, STATE, STOP, Verdict};
+use super::{Decision, Goal, History, Verdict};
 use crate::{Throttle, Throttles};
 
 /// What a guest does. Times are seconds since the migration began.
@@ -69,13 +69,9 @@ impl Guest {
         let went = rehearse(road, self.pages, rounds, dirtied, choose);
         let mut downtime = 0.0;
         if went.last.verdict == Verdict::SwitchOver {
-            let stopping = STOP.likely + road.harvest;
-            let late = self.dirtied(went.seconds, went.seconds + stopping, went.throttle);
-            let likely = |costs: &[Bounds]| costs.iter().map(|c| c.likely).sum::<f64>();
-            downtime = stopping
-                + (went.remaining + late) / road.rate
-                + 3.0 * road.round_trip
-                + likely(&[STATE, BUILD, GO]);
+            let stopped = went.seconds + road.stopping();
+            let late = self.dirtied(went.seconds, stopped, went.throttle);
+            downtime = road.downtime(went.remaining + late);
         }
         Course {
             last: went.last,

@@ -1,0 +1,141 @@
+//! `gleaner plan`: from a trace to a table, an object and a drawing; what is no trace is one clear line.
+
+use std::fs;
+
+use crate::harness::{Guest, Place, Receive, assert_keys, run};
+
+/// A trace of a minute or less, made up, in `place`.
+fn made(place: &Place, kind: &str) -> String {
+    let trace = place.arg(kind);
+    let made = run(&[
+        "plan",
+        "--generate",
+        kind,
+        "--ram",
+        "64M",
+        "--duration",
+        "10s",
+        "--trace",
+        &trace,
+        "--json",
+    ]);
+    assert_eq!(
+        (&made.json()["status"], made.code),
+        (&"generated".into(), Some(0)),
+        "{made:?}"
+    );
+    trace
+}
+
+#[test]
+fn a_plan_has_every_rule_and_draws_them() {
+    let place = Place::new();
+    let (trace, svg) = (made(&place, "database"), place.arg("plan.svg"));
+    let asked = [
+        "plan",
+        "--trace",
+        &*trace,
+        "--bandwidth",
+        "100M",
+        "--svg",
+        &*svg,
+    ];
+    let plan = run(&[&asked[..], &["--json"]].concat()).json();
+    assert_keys(
+        &plan,
+        &["status", "trace", "bandwidth", "downtime_limit_ms", "rules"],
+    );
+    let rules = plan["rules"].as_array().unwrap();
+    assert_eq!(rules.len(), 9);
+    let (drawn, table) = (fs::read_to_string(&svg).unwrap(), run(&asked).stdout);
+    for rule in rules {
+        assert_keys(
+            rule,
+            &[
+                "moved",
+                "rounds",
+                "total_ms",
+                "bytes",
+                "downtime_ms",
+                "overshoot_ms",
+                "throttle",
+                "reason",
+            ],
+        );
+        assert!(
+            rule["bytes"].as_f64().unwrap() >= f64::from(64 << 20),
+            "{rule}"
+        );
+        let name = rule["rule"].as_str().unwrap();
+        assert!(drawn.contains(&format!(">{name}</text>")), "{name}");
+        assert!(
+            table.lines().any(|line| line.starts_with(name)),
+            "{name}: {table}"
+        );
+    }
+    assert!(drawn.starts_with("<svg ") && drawn.ends_with("</svg>\n"));
+}
+
+#[test]
+fn what_is_no_trace_is_one_clear_line() {
+    let place = Place::new();
+    let trace = made(&place, "idle");
+    let whole = fs::read(&trace).unwrap();
+    let refused = |bytes: &[u8], reason: &str| {
+        fs::write(&trace, bytes).unwrap();
+        let said = run(&["plan", "--trace", &trace, "--bandwidth", "1G", "--json"]);
+        said.failed("failed", reason);
+        assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
+    };
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = whole.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    refused(b"", "not a trace");
+    refused(b"GIF89a and more", "not a trace");
+    refused(
+        &changed(8, 9),
+        "the trace has version 9, this release reads 1",
+    );
+    refused(
+        &changed(whole.len() - 1, !whole[whole.len() - 1]),
+        "damaged at byte",
+    );
+    // The rounds of a migration, beside which there are no pages.
+    refused(b"{\"kind\":\"start\"}", ".pages: No such file");
+
+    // One whose writer was killed is used as far as it goes, and says so.
+    fs::write(&trace, &whole[..whole.len() - 3]).unwrap();
+    let cut = run(&["plan", "--trace", &trace, "--bandwidth", "1G", "--json"]);
+    assert!(cut.stderr.contains("the trace is cut at byte"), "{cut:?}");
+    assert_eq!(
+        (&cut.json()["status"], cut.code),
+        (&"planned".into(), Some(0)),
+        "{cut:?}"
+    );
+}
+
+#[test]
+fn what_a_migration_dirtied_can_be_planned_with() {
+    let place = Place::new();
+    let guest = Guest::start(&place, &["--backend", "model"]);
+    let mut receive = Receive::start(&place, "there", &[]);
+    let trace = place.arg("trace");
+    let sent = guest.send(&receive.address, &["--trace", &trace]).end();
+    let report = sent.status("completed", 0);
+    receive.wait_end();
+    let plan = run(&["plan", "--trace", &trace, "--bandwidth", "1G", "--json"]).json();
+    assert_eq!(plan["status"], "planned", "{plan}");
+    let pages = report["progress"][0]["total_pages"].as_u64().unwrap();
+    // And blocks that were never dirty.
+    let ram = plan["trace"]["ram_bytes"].as_u64().unwrap();
+    assert!(
+        (pages * 4096..pages * 4096 * 5 / 4).contains(&ram),
+        "{plan}"
+    );
+    assert!(
+        plan["trace"]["dirty_bytes_per_second"].as_f64().unwrap() > 0.0,
+        "{plan}"
+    );
+}
