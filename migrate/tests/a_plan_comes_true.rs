@@ -223,7 +223,7 @@ fn migrate_as_planned(number: u64) -> Option<Off> {
     let mut options = SenderOptions::new(MigrationId([7; 16]));
     options.clock = Clock::stopped();
     options.timeout = terms.timeout;
-    options.downtime_limit = terms.downtime_limit;
+    options.tuning.limit_downtime(terms.downtime_limit);
     let clock = options.clock.clone();
     let mut source = TracedSource::new(life, clock.clone());
     let mut place = ToyDestination::default();

@@ -295,7 +295,7 @@ fn by_all_ways_together_the_guest_is_at_one_place_whatever_fails() {
 }
 
 #[test]
-#[ignore = "2,036 failures take half an hour"]
+#[ignore = "2,036 failures take a quarter of an hour"]
 fn at_every_step_and_part_of_a_frame_too() {
     if !kvm() {
         return;
