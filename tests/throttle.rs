@@ -18,6 +18,8 @@ use vm_memory::GuestAddress;
 
 /// How long progress is looked at, each time.
 const WHILE: Duration = Duration::from_millis(150);
+/// How long it is for where what a vCPU writes has to be known first: rings that fill slowly are emptied every 100 ms.
+const LONGER: Duration = Duration::from_millis(400);
 /// Times that it is, with and without in turn.
 const TIMES: usize = 5;
 
@@ -33,11 +35,11 @@ fn throttle(tracker: &Tracker, throttle: Throttle) -> Throttling {
     tracker.throttle(throttle).unwrap()
 }
 
-/// What `count` grows by in a while.
-fn progress<const N: usize>(count: &impl Fn() -> [u64; N]) -> [u64; N] {
+/// What `count` grows by in some time.
+fn progress<const N: usize>(count: &impl Fn() -> [u64; N], time: Duration) -> [u64; N] {
     let before = count();
     // Not by spinning: the vCPUs need the CPU.
-    std::thread::sleep(WHILE);
+    std::thread::sleep(time);
     let mut grown = count();
     grown
         .iter_mut()
@@ -50,13 +52,14 @@ fn progress<const N: usize>(count: &impl Fn() -> [u64; N]) -> [u64; N] {
 fn slowed<const N: usize>(
     tracker: &Tracker,
     how: Throttle,
+    time: Duration,
     count: impl Fn() -> [u64; N],
 ) -> [f64; N] {
     let mut sums = [[0; N]; 2];
     for _ in 0..TIMES {
         for (sum, throttled) in sums.iter_mut().zip([true, false]) {
             let throttling = throttled.then(|| throttle(tracker, how));
-            let grown = progress(&count);
+            let grown = progress(&count, time);
             drop(throttling);
             sum.iter_mut().zip(grown).for_each(|(sum, n)| *sum += n);
         }
@@ -87,7 +90,12 @@ fn every_vcpu_loses_its_share_whether_it_writes_or_not() {
     for (mode, tracking) in MODES {
         let crew = Crew::spin_some(tracking, 2, |index| index == 1);
         let count = || [crew.shared.exits()[0], crew.shared.spun()[1]];
-        let slowed = slowed(&crew.shared.tracker, Throttle::All { percent: 90 }, count);
+        let slowed = slowed(
+            &crew.shared.tracker,
+            Throttle::All { percent: 90 },
+            WHILE,
+            count,
+        );
         assert!(slowed.iter().all(|part| *part < 0.5), "{mode}: {slowed:?}");
     }
 }
@@ -102,14 +110,14 @@ fn only_a_vcpu_that_writes_more_than_it_may_is_slowed() {
     let _log = tracker.consumer(Start::Empty).unwrap();
     assert_eq!(tracker.throttles(), Throttles::Writers);
     let count = || [crew.shared.exits()[0], crew.shared.spun()[1]];
-    let [writes, counts] = slowed(tracker, writers(100), count);
+    let [writes, counts] = slowed(tracker, writers(100), LONGER, count);
     assert!(writes < 0.5, "the one that sweeps: {writes}");
     assert!(
         counts > 0.5 && writes < counts / 2.0,
         "the one that counts: {counts}"
     );
     // More than it can: nobody is slowed.
-    let [writes, _] = slowed(tracker, writers(1 << 40), count);
+    let [writes, _] = slowed(tracker, writers(1 << 40), WHILE, count);
     assert!(writes > 0.5, "{writes}");
 }
 
