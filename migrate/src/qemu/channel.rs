@@ -26,7 +26,7 @@ const ROOM: usize = 400 << 10;
 const UNANSWERED: usize = 8;
 /// Syncs that a lane lets come together before it asks for a full one. With those before known to be applied it needn't wait
 /// for it at once.
-const TOGETHER: usize = 6;
+pub(super) const TOGETHER: usize = 6;
 /// How long a QEMU may be silent at first before the user is told.
 const SILENCE: Duration = Duration::from_secs(2);
 
