@@ -183,12 +183,12 @@ fn the_bandwidth_limit_is_kept() {
 
 #[test]
 fn limits_that_change_on_the_way_are_obeyed() {
-    let source = ToySource::scripted(4_000, busy);
+    let source = ToySource::scripted(10_000, busy); // three leases
     let mut options = options();
     let tuning = options.tuning.clone();
-    // As it is, it would last for hours, and never end.
+    // As it is, it would never end.
     tuning.limit_downtime(Duration::ZERO);
-    tuning.limit_bandwidth(Some(SLOW));
+    tuning.limit_bandwidth(Some(32 * SLOW));
     options.on_tick = Some(Box::new(move |tick| {
         assert!(tick.pages_sent > 0 && tick.bytes_on_wire > tick.pages_sent * 4096);
         tuning.limit_bandwidth(None);
