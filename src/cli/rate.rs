@@ -4,6 +4,7 @@ mod exporter;
 mod grid;
 mod live;
 mod prometheus;
+mod record;
 mod svg;
 mod text;
 
@@ -22,6 +23,7 @@ use crate::rate::{Link, Measurement, Metered, Report, Verdict, judge};
 use crate::service::MeterClient;
 use exporter::{Exporter, ServeAddress};
 use live::Live;
+use record::Recording;
 
 /// Between two looks, at most: the shortest time of the dirty curve.
 const LOOK: Duration = Duration::from_millis(50);
@@ -35,7 +37,7 @@ const DURATION: Duration = Duration::from_secs(10);
 /// The command's options.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example: gleaner rate --control /tmp/g.sock --duration 30s --bandwidth 1G --svg rate.svg\nFor Prometheus: gleaner rate --control /tmp/g.sock --serve 9187\n\nIt is exact: every page written is counted, also beside a migration. Ctrl-C ends it early, with what was found until then."
+    after_help = "Example: gleaner rate --control /tmp/g.sock --duration 30s --bandwidth 1G --svg rate.svg\nFor `gleaner plan`: gleaner rate --control /tmp/g.sock --duration 1m --record guest.trace\nFor Prometheus: gleaner rate --control /tmp/g.sock --serve 9187\n\nIt is exact: every page written is counted, also beside a migration. Ctrl-C ends it early, with what was found until then."
 )]
 pub struct Rate {
     /// Socket of the service.
@@ -65,6 +67,10 @@ pub struct Rate {
     /// Draw it into this file.
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+    /// Record into this file which pages are written by when, for `gleaner plan`: four times in each downtime limit, at most
+    /// every 50ms.
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
 }
 
 /// What was found, all together.
@@ -97,10 +103,13 @@ impl Rate {
         let exporter = self.serve.as_ref().map(Exporter::bind);
         let exporter = exporter.transpose().map_err(output.failure())?;
         let mut client = MeterClient::attach(&self.control, &cancel).map_err(output.failure())?;
+        let record = self.record.as_deref();
+        let recording = record.map(|path| Recording::create(path, self.downtime_limit));
+        let recording = recording.transpose().map_err(output.failure())?;
         if let Some(exporter) = &exporter {
             eprintln!("gleaner: metrics at http://{}/metrics", exporter.address());
         }
-        let measured = self.measure(&mut client, &cancel, exporter.as_ref());
+        let measured = self.measure(&mut client, &cancel, exporter.as_ref(), recording);
         let measured = measured.map_err(output.failure())?;
         let found = self.found(&measured, client.metered());
         if let Some(path) = &self.svg {
@@ -139,6 +148,7 @@ impl Rate {
         client: &mut MeterClient,
         cancel: &CancelToken,
         exporter: Option<&Exporter>,
+        mut recording: Option<Recording>,
     ) -> Result<Measurement, String> {
         let began = Instant::now();
         let duration = match (self.duration, exporter) {
@@ -150,15 +160,20 @@ impl Rate {
         let mut measured = Measurement::new(self.interval);
         let mut live = Live::new();
         let mut due = LOOK.min(duration);
-        loop {
+        let measured = loop {
             while began.elapsed() < due && !cancel.is_cancelled() {
                 std::thread::sleep(TICK.min(due.saturating_sub(began.elapsed())));
             }
             match client.look() {
-                Ok(look) => measured.add(&look).map_err(|e| e.to_string())?,
+                Ok(look) => {
+                    measured.add(&look).map_err(|e| e.to_string())?;
+                    if let Some(recording) = &mut recording {
+                        recording.add(&look);
+                    }
+                }
                 // Called off, and no answer for a second: what was found before will do.
                 Err(_) if cancel.is_cancelled() && measured.duration() > Duration::ZERO => {
-                    return Ok(measured);
+                    break measured;
                 }
                 Err(error) => return Err(error.to_string()),
             }
@@ -173,14 +188,18 @@ impl Rate {
                 exporter.publish(prometheus::exposition(&self.found(&measured, &metered)));
             }
             if over {
-                return Ok(measured);
+                break measured;
             }
             // A look that came late makes the next one no sooner.
             while due <= began.elapsed() {
                 due += LOOK;
             }
             due = due.min(duration);
+        };
+        if let Some(recording) = recording {
+            recording.end(measured.duration());
         }
+        Ok(measured)
     }
 }
 

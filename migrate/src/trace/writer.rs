@@ -140,6 +140,11 @@ impl<W: Write> TraceWriter<W> {
         Ok(())
     }
 
+    /// What it was written to. What was dirtied since the last record is not in it.
+    pub fn into_inner(self) -> W {
+        self.out
+    }
+
     fn frame(&mut self, body: &[u8]) -> Result<()> {
         let length = body.len() as u64;
         if length > MOST_BODY {
