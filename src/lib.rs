@@ -82,8 +82,8 @@ pub use gleaner_migrate as migrate;
 pub use gleaner_ring::{Capabilities, Mode, Tracking, model};
 pub use source::{Hooks, LocalSource};
 pub use tracker::{
-    Blackout, Consumer, Leased, StoppedGuest, Throttling, Tracker, TrackerBuilder, Transaction,
-    TransactionReport,
+    Blackout, Blackouts, Consumer, Histogram, Leased, StoppedGuest, Throttling, Tracker,
+    TrackerBuilder, Transaction, TransactionReport,
 };
 pub use vhost_log::{VhostBackend, VhostLog};
 pub use writers::{QuietWriters, Writers, Writing};

@@ -9,10 +9,10 @@ use super::heat::Columns;
 use super::series::Series;
 use super::tally::Tally;
 use super::{
-    BlockReport, CurvePoint, Dirtied, Harvests, HotRegion, Look, Report, Stats, VcpuReport,
-    WindowsReport,
+    BlackoutsReport, BlockReport, CurvePoint, Dirtied, Harvests, HotRegion, Look, Report, Stats,
+    VcpuReport, WindowsReport,
 };
-use crate::{Error, Result};
+use crate::{Blackouts, Error, Result};
 
 /// More pages than any guest has (16 TiB): each takes memory here.
 const MOST_PAGES: u64 = 1 << 32;
@@ -34,6 +34,7 @@ pub struct Measurement {
     in_window_gone: u64,
     vcpus: Vec<(u64, u64)>,
     harvests: Harvests,
+    blackouts: Blackouts,
     window: Began,
     rate: Stats,
     latest: Option<Window>,
@@ -85,6 +86,7 @@ impl Measurement {
             in_window_gone: 0,
             vcpus: Vec::new(),
             harvests: Harvests::default(),
+            blackouts: Blackouts::default(),
             window: Began::default(),
             rate: Stats::default(),
             latest: None,
@@ -123,6 +125,7 @@ impl Measurement {
         }
         self.series.end();
         self.vcpus.clone_from(&look.vcpus);
+        self.blackouts = look.blackouts;
         self.migrated_away |= look.migrated_away;
         let took = look.harvest.as_secs_f64() * 1e3;
         self.harvests.count += 1;
@@ -290,8 +293,15 @@ impl Measurement {
                 most_stall: self.harvests.total_ms / 1e3 / seconds,
                 ..self.harvests
             },
+            blackouts: BlackoutsReport::of(&self.blackouts),
             migrated_away: self.migrated_away,
         }
+    }
+
+    /// How long the guest has stood still for slot transactions.
+    #[must_use]
+    pub const fn blackouts(&self) -> &Blackouts {
+        &self.blackouts
     }
 
     fn hottest(&self) -> Vec<HotRegion> {

@@ -7,7 +7,7 @@ use gleaner_bitmap::{BlockId, BlockInfo, Extent, PageRange, Start};
 use gleaner_migrate::{PageMemory, Throttles};
 use serde::{Deserialize, Serialize};
 
-use crate::{Block, Consumer, Result, Tracker};
+use crate::{Blackouts, Block, Consumer, Result, Tracker};
 
 /// What was written since the last look, or since the meter began.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -25,6 +25,8 @@ pub struct Look {
     /// How many pages each vCPU has dirtied since the meter began, by its id; a page counts again when it is written after a
     /// harvest. Empty unless it is known who writes.
     pub vcpus: Vec<(u64, u64)>,
+    /// How long the guest has stood still for slot transactions since its tracker began.
+    pub blackouts: Blackouts,
     /// The guest runs elsewhere: nothing is written after this look.
     pub migrated_away: bool,
 }
@@ -112,6 +114,7 @@ impl Meter {
         let gone = self.known.iter().filter(|id| layout.block(**id).is_none());
         look.gone.extend(gone);
         self.known.retain(|id| layout.block(*id).is_some());
+        look.blackouts = self.tracker.blackouts();
         look.vcpus = self.tracker.dirtied_by_vcpus();
         for (vcpu, pages) in &mut look.vcpus {
             *pages -= self

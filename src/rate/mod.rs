@@ -25,6 +25,9 @@ mod verdict;
 pub use dirtied::Dirtied;
 pub use measurement::{HeatMap, Measurement, Window};
 pub use meter::{Look, Meter, Metered};
-pub use report::{BlockReport, CurvePoint, Harvests, HotRegion, Report, VcpuReport, WindowsReport};
+pub use report::{
+    BlackoutsReport, BlockReport, CurvePoint, Harvests, HotRegion, Report, VcpuReport,
+    WindowsReport, Within,
+};
 pub use stats::Stats;
 pub use verdict::{Link, Needs, Verdict, judge};

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::Stats;
+use crate::Blackouts;
 
 /// What a meter found. Pages have 4096 bytes; times end in `_ms`.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -34,6 +35,8 @@ pub struct Report {
     pub guest_pages: u64,
     /// What metering cost.
     pub harvests: Harvests,
+    /// How long the guest has stood still for slot transactions since its tracker began.
+    pub blackouts: BlackoutsReport,
     /// The guest has migrated away.
     pub migrated_away: bool,
 }
@@ -122,4 +125,59 @@ pub struct Harvests {
     pub most_stall: f64,
     /// Pages that were armed again: the next write to each of them takes one more fault.
     pub rearmed_pages: u64,
+}
+
+/// How long the guest stood still for slot transactions: harvests stop nobody, these do.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub struct BlackoutsReport {
+    /// Transactions.
+    pub count: u64,
+    /// All of them.
+    pub total_ms: f64,
+    /// The longest.
+    pub longest_ms: f64,
+    /// The time until every vCPU was out of `KVM_RUN`, in all of them.
+    pub kick_ms: f64,
+    /// The harvests inside.
+    pub harvest_ms: f64,
+    /// KVM's own calls.
+    pub calls_ms: f64,
+    /// Everything else.
+    pub rest_ms: f64,
+    /// How many were how long, up to the longest.
+    pub histogram: Vec<Within>,
+}
+
+/// A point of a histogram.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Within {
+    /// So long at most; `None` in the last point, which has all.
+    pub up_to_ms: Option<f64>,
+    /// So many were.
+    pub count: u64,
+}
+
+impl BlackoutsReport {
+    pub(super) fn of(blackouts: &Blackouts) -> Self {
+        let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+        let whole = &blackouts.whole;
+        let all = whole.count();
+        let below = whole.within().filter(|(_, count)| *count < all).count();
+        let some = whole.within().take(if all > 0 { below + 1 } else { 0 });
+        Self {
+            count: all,
+            total_ms: ms(whole.total()),
+            longest_ms: ms(whole.longest()),
+            kick_ms: ms(blackouts.kick.total()),
+            harvest_ms: ms(blackouts.harvest.total()),
+            calls_ms: ms(blackouts.calls.total()),
+            rest_ms: ms(blackouts.rest.total()),
+            histogram: some
+                .map(|(up_to, count)| Within {
+                    up_to_ms: up_to.map(ms),
+                    count,
+                })
+                .collect(),
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::rate::{Look, Metered};
 const STREAM: [u8; 4] = *b"GLNR";
 
 /// Version of these messages.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// What a meter says hello with, in place of a migration's name. So a service of version 1, which knows of no meter,
 /// answers it with its version.
@@ -122,7 +122,7 @@ pub enum Response {
     /// What is metered.
     Metered(Metered),
     /// A look, with the first chunk of its pages.
-    Look(Look),
+    Look(Box<Look>),
     /// The next chunk; one that is not whole is the last.
     Rest(Vec<Extent>),
 }

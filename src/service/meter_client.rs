@@ -52,7 +52,7 @@ impl MeterClient {
     /// [`Error::Socket`] when the service has gone; [`Error::Service`] with what it says.
     pub fn look(&mut self) -> Result<Look> {
         let mut look = match ask(&mut self.exchange, &Request::Look)? {
-            Response::Look(look) => look,
+            Response::Look(look) => *look,
             other => return Err(unexpected(&other)),
         };
         let mut chunk = look.written.len();

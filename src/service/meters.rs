@@ -94,7 +94,7 @@ impl MeterSession {
                 Ok(mut look) => {
                     self.rest = std::mem::take(&mut look.written);
                     look.written = chunk(&mut self.rest);
-                    Response::Look(look)
+                    Response::Look(Box::new(look))
                 }
                 Err(error) => Response::Error(error.to_string()),
             },

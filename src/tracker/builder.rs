@@ -115,6 +115,7 @@ impl TrackerBuilder {
             pool: self.pool,
             reaper: Arc::new(Reaper::default()),
             transactions: AtomicU64::new(0),
+            blackouts: Mutex::default(),
             throttled: AtomicBool::new(false),
             away: AtomicBool::new(false),
             state: Mutex::new(State {

@@ -4,6 +4,7 @@
 //! source and is not in the store yet can't meet another layout.
 
 mod allowance;
+mod blackouts;
 mod builder;
 mod consumer;
 mod harvest;
@@ -25,6 +26,7 @@ use gleaner_bitmap::{
 };
 use gleaner_ring::{BitmapSource, Capabilities, Kvm, Mode, RingSource, Vcpu};
 
+pub use blackouts::{Blackouts, Histogram};
 pub use builder::TrackerBuilder;
 pub use consumer::{Consumer, Leased};
 #[cfg(feature = "cli")]
@@ -73,6 +75,8 @@ struct Shared {
     pool: Option<Arc<rayon::ThreadPool>>,
     reaper: Arc<Reaper>,
     transactions: AtomicU64,
+    /// Apart from the state, so that asking waits for nobody.
+    blackouts: Mutex<Blackouts>,
     /// There is a [`Throttling`].
     throttled: AtomicBool,
     /// The guest runs elsewhere.
@@ -83,6 +87,12 @@ struct Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn blackouts(&self) -> MutexGuard<'_, Blackouts> {
+        self.blackouts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -127,6 +137,12 @@ impl Tracker {
     /// Transactions committed so far.
     pub fn transactions(&self) -> u64 {
         self.0.transactions.load(Ordering::Relaxed)
+    }
+
+    /// The blackouts of all transactions so far.
+    #[must_use]
+    pub fn blackouts(&self) -> Blackouts {
+        *self.0.blackouts()
     }
 
     /// Whether the guest has migrated away: it runs elsewhere, and nothing is written here any more.

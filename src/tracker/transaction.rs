@@ -292,6 +292,7 @@ impl Shared {
         blackout.rest = opened
             .duration_since(start)
             .saturating_sub(blackout.kick + blackout.harvest + blackout.calls);
+        self.blackouts().add(blackout);
         // 6. The guest runs again: where its dirty pages are now.
         if let Some(remap) = remap {
             let Remapped {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
+use gleaner::migrate::trace::Trace;
 use serde_json::Value;
 
 use crate::common::kvm;
@@ -22,7 +23,7 @@ fn samples(page: &str) -> BTreeMap<String, f64> {
     for line in page.lines() {
         if let Some(of) = line.strip_prefix("# TYPE ") {
             let (name, kind) = of.split_once(' ').unwrap();
-            assert!(["gauge", "counter"].contains(&kind), "{line}");
+            assert!(["gauge", "counter", "histogram"].contains(&kind), "{line}");
             assert!(
                 typed.insert(name.to_owned(), kind).is_none(),
                 "twice: {line}"
@@ -31,7 +32,13 @@ fn samples(page: &str) -> BTreeMap<String, f64> {
             assert!(of.split_once(' ').unwrap().1.len() > 5, "{line}");
         } else {
             let (key, value) = line.rsplit_once(' ').unwrap();
-            let name = key.split('{').next().unwrap();
+            let mut name = key.split('{').next().unwrap();
+            for part in ["_bucket", "_sum", "_count"] {
+                let of = name.strip_suffix(part);
+                name = of
+                    .filter(|of| typed.get(*of) == Some(&"histogram"))
+                    .unwrap_or(name);
+            }
             let kind = typed.get(name).unwrap_or_else(|| panic!("no type: {line}"));
             assert_eq!(name.ends_with("_total"), *kind == "counter", "{line}");
             let value = value.replace("+Inf", "inf").parse().unwrap();
@@ -96,6 +103,44 @@ fn the_object_has_what_scripts_read() {
         &report["verdict"],
         &["total_ms", "downtime_ms", "bytes", "reason", "needs"],
     );
+}
+
+#[test]
+fn what_is_recorded_is_a_trace_with_each_page_that_was_written() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let guest = Guest::start(&place, &["--tracking", "ring"]);
+    let file = place.path("guest.trace");
+    let file = file.to_str().unwrap();
+    let report = run(&rate(&guest, &["--json", "--record", file])).status("completed", 0);
+    let trace = Trace::read(std::fs::File::open(file).unwrap()).unwrap();
+    assert_eq!(trace.cut(), None);
+    // Of a guest so small each page is followed.
+    let mut seen = std::collections::BTreeSet::new();
+    for record in trace.records() {
+        for run in trace.runs(record) {
+            seen.extend(run.first..run.end());
+        }
+    }
+    assert_eq!(report["unique_pages"], seen.len());
+    // A quarter of the limit of 300ms, at looks that are 50ms apart.
+    assert!(trace.records().len() >= 4, "{:?}", trace.records());
+    let plan = ["plan", "--trace", file, "--bandwidth", "1G", "--json"];
+    run(&plan).status("planned", 0);
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_told_before_anything_is_measured() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let guest = Guest::start(&place, &[]);
+    let ended = run(&rate(&guest, &["--json", "--record", "/no/such/place/t"]));
+    let reason = ended.status("failed", 1)["reason"].to_string();
+    assert!(reason.contains("can't write the trace"), "{reason}");
 }
 
 #[test]

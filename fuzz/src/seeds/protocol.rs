@@ -166,6 +166,7 @@ fn look() -> Look {
         gone: vec![BlockId(1)],
         written: vec![Extent::new(BlockId(2), 3, 4)],
         vcpus: vec![(0, 3), (1, 1)],
+        blackouts: gleaner::Blackouts::default(),
         migrated_away: false,
     }
 }
@@ -193,7 +194,7 @@ fn responses() -> [(&'static str, Response); 9] {
         ("response-number", Response::Number(u64::MAX)),
         ("response-error", Response::Error("no".into())),
         ("response-throttles", Response::Throttles(Throttles::All)),
-        ("response-look", Response::Look(look())),
+        ("response-look", Response::Look(Box::new(look()))),
         (
             "response-metered",
             Response::Metered(Metered {

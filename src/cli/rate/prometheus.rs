@@ -13,6 +13,7 @@ pub fn exposition(found: &Found<'_>) -> String {
     page.metered(found);
     page.curve(found);
     page.harvests(found);
+    page.blackouts(found);
     page.forecast(found);
     page.0
 }
@@ -41,11 +42,7 @@ impl Page {
         } else {
             format!("{{{}}}", labels.join(","))
         };
-        let value = match value {
-            f64::INFINITY => "+Inf".into(),
-            number => number.to_string(),
-        };
-        let _ = writeln!(self.0, "gleaner_{name}{labels} {value}");
+        let _ = writeln!(self.0, "gleaner_{name}{labels} {}", number(value));
     }
 
     fn one(&mut self, kind: &str, name: &str, help: &str, value: f64) {
@@ -171,6 +168,27 @@ impl Page {
         );
     }
 
+    fn blackouts(&mut self, found: &Found<'_>) {
+        let blackouts = found.measured.blackouts();
+        let name = "blackout_seconds";
+        let help = "How long the guest stood still for each slot transaction since it began.";
+        self.metric("histogram", name, help);
+        for (reach, count) in blackouts.whole.within() {
+            let reach = reach.map_or(f64::INFINITY, |reach| reach.as_secs_f64());
+            let bucket = format!("{name}_bucket");
+            self.sample(&bucket, &[("le", &number(reach))], count as f64);
+        }
+        let whole = &blackouts.whole;
+        self.sample(&format!("{name}_sum"), &[], whole.total().as_secs_f64());
+        self.sample(&format!("{name}_count"), &[], whole.count() as f64);
+        let name = "blackout_part_seconds_total";
+        let help = "The same by part: kick (until all vCPUs had left the guest), harvest, calls (KVM's own), rest.";
+        self.metric("counter", name, help);
+        for (part, times) in blackouts.parts() {
+            self.sample(name, &[("part", &part)], times.total().as_secs_f64());
+        }
+    }
+
     fn forecast(&mut self, found: &Found<'_>) {
         let Some(verdict) = &found.verdict else {
             return;
@@ -221,6 +239,14 @@ impl Page {
             "Limit of downtime with which it would converge.",
             needs.downtime_limit_ms.times(1e-3),
         );
+    }
+}
+
+/// A number as Prometheus reads it.
+fn number(value: f64) -> String {
+    match value {
+        f64::INFINITY => "+Inf".into(),
+        number => number.to_string(),
     }
 }
 

@@ -5,7 +5,7 @@ use gleaner_migrate::units::{Bytes, Seconds};
 
 use super::Found;
 use crate::PAGE_SIZE;
-use crate::rate::{HotRegion, Report, Verdict};
+use crate::rate::{BlackoutsReport, HotRegion, Report, Verdict};
 
 /// All of it, some lines.
 pub fn told(found: &Found<'_>) -> String {
@@ -52,6 +52,9 @@ pub fn told(found: &Found<'_>) -> String {
         joined(report.hottest.iter().take(4).map(hot))
     ));
     lines.push(cost(report));
+    if report.blackouts.count > 0 {
+        lines.push(stood_still(&report.blackouts));
+    }
     if report.migrated_away {
         lines.push("the guest has migrated away: this is what it wrote before".into());
     }
@@ -70,6 +73,24 @@ pub fn cost(report: &Report) -> String {
         ms(harvests.mean_ms),
         ms(harvests.longest_ms),
         harvests.most_stall * 100.0
+    )
+}
+
+/// What slot transactions cost the guest.
+fn stood_still(blackouts: &BlackoutsReport) -> String {
+    let parts = [
+        ("kick", blackouts.kick_ms),
+        ("harvest", blackouts.harvest_ms),
+        ("calls", blackouts.calls_ms),
+        ("rest", blackouts.rest_ms),
+    ];
+    let parts = parts.map(|(part, time)| format!("{part} {}", ms(time)));
+    format!(
+        "{} since the guest began: it stood still for {} ({}), at most {} at once",
+        count(blackouts.count, "slot transaction"),
+        ms(blackouts.total_ms),
+        joined(parts.into_iter()),
+        ms(blackouts.longest_ms)
     )
 }
 
