@@ -15,6 +15,7 @@ mod kernels;
 mod qemu;
 mod row;
 mod sample;
+mod slowdown;
 mod vm;
 mod wire;
 
@@ -36,7 +37,7 @@ pub type Result<T> = std::result::Result<T, Error>;
     after_help = "Example: gleaner-bench blackout wire --json"
 )]
 struct Options {
-    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, wire, qemu, downtime. All
+    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, slowdown, wire, qemu, downtime. All
     /// unless given.
     #[arg(value_name = "NAME")]
     names: Vec<String>,
@@ -96,11 +97,12 @@ impl Plan {
 type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
 
 /// Topics, whether they need KVM, and what measures them.
-const TOPICS: [Topic; 7] = [
+const TOPICS: [Topic; 8] = [
     ("kernels", false, kernels::rows),
     ("gate", true, gate::rows),
     ("harvest", true, harvest::rows),
     ("blackout", true, blackout::rows),
+    ("slowdown", true, slowdown::rows),
     ("wire", false, wire::rows),
     ("qemu", false, qemu::rows),
     ("downtime", true, downtime::rows),

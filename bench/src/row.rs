@@ -14,6 +14,8 @@ pub enum Verdict {
     Ok,
     /// It was not.
     Short,
+    /// There is none.
+    Told,
 }
 
 /// One figure.
@@ -38,6 +40,8 @@ pub enum Aim {
     AtMost(f64),
     /// More is better: at least this.
     AtLeast(f64),
+    /// There is none: the figure is told.
+    None,
 }
 
 impl Row {
@@ -49,15 +53,23 @@ impl Row {
         unit: &str,
         compared: impl Into<String>,
     ) -> Self {
-        let (text, good) = match aim {
-            Aim::AtMost(most) => (format!("<= {}", told(most, unit)), value.median <= most),
-            Aim::AtLeast(least) => (format!(">= {}", told(least, unit)), value.median >= least),
+        let reached = |good| if good { Verdict::Ok } else { Verdict::Short };
+        let (text, verdict) = match aim {
+            Aim::AtMost(most) => (
+                format!("<= {}", told(most, unit)),
+                reached(value.median <= most),
+            ),
+            Aim::AtLeast(least) => (
+                format!(">= {}", told(least, unit)),
+                reached(value.median >= least),
+            ),
+            Aim::None => ("none".into(), Verdict::Told),
         };
         Self {
             name: name.into(),
             aim: text,
             reached: told(value.median, unit),
-            verdict: if good { Verdict::Ok } else { Verdict::Short },
+            verdict,
             spread: format!("{}..{}", told(value.low, unit), told(value.high, unit)),
             compared: compared.into(),
         }
@@ -96,6 +108,7 @@ impl fmt::Display for Row {
         let verdict = match self.verdict {
             Verdict::Ok => "ok",
             Verdict::Short => "short",
+            Verdict::Told => "told",
         };
         write!(
             f,

@@ -68,7 +68,7 @@ impl Parts {
     }
 
     /// Does what an exit asks for; whether a batch is done.
-    fn handle(&self, exit: VcpuExit<'_>) -> Result<bool> {
+    pub fn handle(&self, exit: VcpuExit<'_>) -> Result<bool> {
         let (ram, map) = (self.ram.memory().as_volatile_slice(), self.guest.map());
         match exit {
             VcpuExit::IoOut(port, data) => {
@@ -86,13 +86,20 @@ impl Parts {
 pub struct TrackedVm {
     pub parts: Arc<Parts>,
     pub tracker: Tracker,
-    /// Keeps logging on.
-    _consumer: Consumer,
+    /// Keeps logging on; none unless it is logged.
+    pub consumer: Option<Consumer>,
 }
 
 impl TrackedVm {
     /// See [`Parts::new`]; `hot` of 0 sweeps.
     pub fn new(tracking: Tracking, slot: u64, hot: u64, batch: u32) -> Result<Self> {
+        let mut vm = Self::unlogged(tracking, slot, hot, batch)?;
+        vm.consumer = Some(vm.tracker.consumer(Start::Empty)?);
+        Ok(vm)
+    }
+
+    /// The same, and nobody wants to know what it writes.
+    pub fn unlogged(tracking: Tracking, slot: u64, hot: u64, batch: u32) -> Result<Self> {
         let parts = Parts::new(slot, (hot > 0).then_some(hot), 1, batch)?;
         let tracker = Tracker::builder(Arc::clone(&parts.vm))
             .tracking(tracking)
@@ -104,7 +111,7 @@ impl TrackedVm {
             .create(SLOT, GuestAddress(HOME), parts.ram.extent(parts.home()));
         tx.commit()?;
         Ok(Self {
-            _consumer: tracker.consumer(Start::Empty)?,
+            consumer: None,
             parts: Arc::new(parts),
             tracker,
         })
@@ -247,7 +254,7 @@ pub struct BareVm {
     vcpus: Vec<VcpuFd>,
     pub kvm: Arc<StockKvm>,
     pub mode: Mode,
-    pub parts: Parts,
+    pub parts: Arc<Parts>,
 }
 
 impl BareVm {
@@ -261,7 +268,7 @@ impl BareVm {
             kvm,
             vcpus: (0..vcpus).map(|i| parts.vcpu(i)).collect::<Result<_>>()?,
             mode,
-            parts,
+            parts: Arc::new(parts),
         };
         let low = vm.region(0, 0, PageRange::new(0, LOW_PAGES))?;
         vm.kvm.set_region("create", &low)?;
@@ -302,6 +309,11 @@ impl BareVm {
             }
         }
         Ok(())
+    }
+
+    /// Its first vCPU, for a thread of its own.
+    pub fn take_vcpu(&mut self) -> Option<VcpuFd> {
+        self.vcpus.pop()
     }
 
     /// The dirty rings of all vCPUs; none unless the mode is that of rings.
