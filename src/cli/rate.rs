@@ -110,14 +110,18 @@ impl Rate {
             eprintln!("gleaner: metrics at http://{}/metrics", exporter.address());
         }
         let measured = self.measure(&mut client, &cancel, exporter.as_ref(), recording);
-        let measured = measured.map_err(output.failure())?;
+        let (measured, lost) = measured.map_err(output.failure())?;
         let found = self.found(&measured, client.metered());
         if let Some(path) = &self.svg {
             let written = std::fs::write(path, svg::picture(&found));
             let fail = |error| format!("can't write {}: {error}", path.display());
             written.map_err(fail).map_err(output.failure())?;
         }
-        let object = found.object();
+        let mut object = found.object();
+        if let Some(reason) = &lost {
+            object["status"] = "failed".into();
+            object["reason"] = reason.as_str().into();
+        }
         output.result(&object, || {
             if self.prometheus {
                 prometheus::exposition(&found).trim_end().to_owned()
@@ -125,7 +129,10 @@ impl Rate {
                 text::told(&found)
             }
         });
-        Ok(ExitCode::SUCCESS)
+        Ok(lost.map_or(ExitCode::SUCCESS, |reason| {
+            eprintln!("gleaner: {reason}");
+            ExitCode::FAILURE
+        }))
     }
 
     fn found<'a>(&self, measured: &'a Measurement, metered: &'a Metered) -> Found<'a> {
@@ -142,14 +149,15 @@ impl Rate {
         }
     }
 
-    /// Looks until it is over, by time or by the user, or because the guest has gone.
+    /// Looks until it is over, by time or by the user, or because the guest has gone; and why it could not look on, if there
+    /// was a look before.
     fn measure(
         &self,
         client: &mut MeterClient,
         cancel: &CancelToken,
         exporter: Option<&Exporter>,
         mut recording: Option<Recording>,
-    ) -> Result<Measurement, String> {
+    ) -> Result<(Measurement, Option<String>), String> {
         let began = Instant::now();
         let duration = match (self.duration, exporter) {
             (Some(duration), _) => duration,
@@ -160,7 +168,7 @@ impl Rate {
         let mut measured = Measurement::new(self.interval);
         let mut live = Live::new();
         let mut due = LOOK.min(duration);
-        let measured = loop {
+        let lost = loop {
             while began.elapsed() < due && !cancel.is_cancelled() {
                 std::thread::sleep(TICK.min(due.saturating_sub(began.elapsed())));
             }
@@ -173,7 +181,10 @@ impl Rate {
                 }
                 // Called off, and no answer for a second: what was found before will do.
                 Err(_) if cancel.is_cancelled() && measured.duration() > Duration::ZERO => {
-                    break measured;
+                    break None;
+                }
+                Err(error) if measured.duration() > Duration::ZERO => {
+                    break Some(error.to_string());
                 }
                 Err(error) => return Err(error.to_string()),
             }
@@ -188,7 +199,7 @@ impl Rate {
                 exporter.publish(prometheus::exposition(&self.found(&measured, &metered)));
             }
             if over {
-                break measured;
+                break None;
             }
             // A look that came late makes the next one no sooner.
             while due <= began.elapsed() {
@@ -199,7 +210,7 @@ impl Rate {
         if let Some(recording) = recording {
             recording.end(measured.duration());
         }
-        Ok(measured)
+        Ok((measured, lost))
     }
 }
 

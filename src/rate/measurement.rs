@@ -46,6 +46,8 @@ pub struct Measurement {
 struct Began {
     look: u32,
     at: Duration,
+    /// When it is over: a multiple of the interval, so that looks that come late make no window fewer.
+    due: Duration,
     vcpus: Vec<(u64, u64)>,
 }
 
@@ -87,7 +89,10 @@ impl Measurement {
             vcpus: Vec::new(),
             harvests: Harvests::default(),
             blackouts: Blackouts::default(),
-            window: Began::default(),
+            window: Began {
+                due: interval,
+                ..Began::default()
+            },
             rate: Stats::default(),
             latest: None,
             migrated_away: false,
@@ -138,7 +143,7 @@ impl Measurement {
                 self.in_window_gone += tally.in_window();
             }
         }
-        if look.at.saturating_sub(self.window.at) >= self.interval {
+        if look.at >= self.window.due {
             self.end_window(number, look.at);
         }
         Ok(())
@@ -182,6 +187,7 @@ impl Measurement {
         self.window = Began {
             look,
             at,
+            due: after(at, self.interval),
             vcpus: self.vcpus.clone(),
         };
     }
@@ -315,6 +321,13 @@ impl Measurement {
         let region = |((_, page), id)| self.tallies[&id].region(page);
         hot.into_iter().map(region).collect()
     }
+}
+
+/// The first multiple of `interval` after `at`.
+fn after(at: Duration, interval: Duration) -> Duration {
+    let interval = interval.as_nanos().max(1);
+    let due = (at.as_nanos() / interval + 1).saturating_mul(interval);
+    Duration::from_nanos(u64::try_from(due).unwrap_or(u64::MAX))
 }
 
 fn bytes(pages: u64) -> f64 {

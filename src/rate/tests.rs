@@ -84,6 +84,20 @@ fn a_window_counts_a_page_once_and_the_next_one_again() {
 }
 
 #[test]
+fn looks_that_come_late_make_no_window_fewer() {
+    let late = |n: u32| Look {
+        at: Duration::from_millis(50) * n + Duration::from_millis(7) * (n % 3),
+        ..if n == 1 { first(&[]) } else { look(n, &[]) }
+    };
+    let looks: Vec<_> = (1..=20).map(late).collect();
+    let mut measured = Measurement::new(Duration::from_millis(200));
+    for look in &looks {
+        measured.add(look).unwrap();
+    }
+    assert_eq!(measured.report().windows.bytes_per_second.samples, 5);
+}
+
+#[test]
 fn where_no_window_is_over_the_whole_time_is_one() {
     let report = measured(&[first(&[(RAM, 0, 7)])]).report();
     near(report.dirty_bytes_per_second, bytes_a_second(7.0, 0.05));

@@ -56,6 +56,8 @@ const FASTEST: f64 = (1u64 << 42) as f64;
 const LONGEST: f64 = 3600.0;
 /// The most that can be taken from vCPUs, in per cent.
 const MOST: f64 = 99.0;
+/// Of what is searched, in its unit: bytes a second, percent, seconds.
+const SMALLEST: f64 = 1e-6;
 /// How near to the least amount a need is found.
 const NEAR: f64 = 1.01;
 
@@ -168,7 +170,8 @@ fn least(from: f64, to: f64, enough: impl Fn(f64) -> bool) -> f64 {
     if from >= to || !enough(to) {
         return f64::INFINITY;
     }
-    let (mut low, mut high) = (from, to);
+    // The search goes by ratios, in which nothing is endlessly far from something.
+    let (mut low, mut high) = (from.max(SMALLEST), to);
     while high / low > NEAR {
         let middle = (low * high).sqrt();
         if enough(middle) {
@@ -311,6 +314,18 @@ mod tests {
         let percent = needs.throttle_percent;
         assert!((37.0..60.0).contains(&percent.likely), "{percent:?}");
         assert!(percent.low <= percent.likely && percent.likely <= percent.high);
+    }
+
+    #[test]
+    fn a_limit_of_no_downtime_at_all_needs_a_longer_one() {
+        let guest = sweeping(20_000, 4000);
+        let verdict = judged(&guest, 100e6, 0.0);
+        assert!(!verdict.converges, "{verdict:?}");
+        let needed = verdict.needs.unwrap().downtime_limit_ms.likely;
+        assert!(
+            judged(&guest, 100e6, needed * 1.001 / 1e3).converges,
+            "{needed}"
+        );
     }
 
     #[test]

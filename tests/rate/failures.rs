@@ -109,7 +109,12 @@ fn a_service_that_ends_in_the_middle_is_said() {
         guest.process.end();
         meters[1].signal(Signal::CONT);
         for meter in meters {
-            fails(&meter.end(), "the guest's service has gone");
+            let ended = meter.end();
+            fails(&ended, "the guest's service has gone");
+            // What was found before is not lost with it.
+            let found = ended.status("failed", 1);
+            assert_keys(&found, &["unique_pages", "curve", "verdict"]);
+            assert!(found["duration_ms"].as_f64() > Some(0.0), "{found}");
         }
     }
 }

@@ -71,10 +71,14 @@ pub fn draw(trace: &Trace, terms: &Terms, outcomes: &[Outcome]) -> String {
     for (n, (name, of, told)) in panels.into_iter().enumerate() {
         let x = LEFT + PANEL * n as f64;
         text(&mut svg, (x, ROWS - 10.0), "font-weight=\"bold\"", name);
-        let most = outcomes.iter().map(of).fold(1e-9, f64::max);
+        let limit_ms = terms.downtime_limit.as_secs_f64() * 1e3;
+        let least = if n == 2 { limit_ms } else { 1e-9 };
+        let most = outcomes.iter().map(of).fold(least.max(1e-9), f64::max);
         if n == 2 {
-            let at = BAR * terms.downtime_limit.as_secs_f64() * 1e3 / most;
-            let (at, end) = (x + at.min(BAR), ROWS + ROW * outcomes.len() as f64);
+            let (at, end) = (
+                x + BAR * limit_ms / most,
+                ROWS + ROW * outcomes.len() as f64,
+            );
             line(&mut svg, (at, ROWS - 2.0), (at, end), "#c0392b");
             let name = format!("limit {limit}");
             text(&mut svg, (x + 74.0, ROWS - 10.0), "fill=\"#c0392b\"", &name);

@@ -121,11 +121,13 @@ impl Page {
     }
 
     fn curve(&mut self, found: &Found<'_>) {
-        let curve = &found.report.curve;
+        // The last point may be of all the time so far: a label of its own on each page.
+        let all = found.report.duration_ms;
+        let curve: Vec<_> = found.report.curve.iter().filter(|p| p.ms < all).collect();
         let name = "dirty_curve_bytes";
         let help = "Bytes of different pages written in the time that the label says (in seconds), on average.";
         self.metric("gauge", name, help);
-        for point in curve {
+        for point in &curve {
             self.sample(
                 name,
                 &[("time", &(point.ms / 1e3))],
