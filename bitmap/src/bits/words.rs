@@ -89,3 +89,33 @@ mod avx2 {
         unsafe { with_avx2(words) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_instruction_set_does_what_the_plainest_loop_does(
+            dst in proptest::collection::vec(any::<u64>(), 0..100),
+            more in proptest::collection::vec(any::<u64>(), 101), clear in 0usize..100, shift in 0u64..64,
+        ) {
+            let src = &more[..=dst.len()];
+            let want: Vec<u64> = (0..dst.len())
+                .map(|i| dst[i] | (u128::from(src[i + 1]) << 64 | u128::from(src[i])).wrapping_shr(shift as u32) as u64)
+                .collect();
+            let set: u64 = dst.iter().map(|word| (0..64).map(|n| word >> n & 1).sum::<u64>()).sum();
+            let mut behind = vec![0; clear];
+            behind.extend(&dst);
+            let ahead = behind.iter().position(|word| *word != 0).unwrap_or(behind.len());
+            for isa in Isa::here() {
+                let mut got = dst.clone();
+                or(isa, &mut got, src, shift);
+                prop_assert_eq!(&got, &want, "{:?}", isa);
+                prop_assert_eq!(count(isa, &dst), set, "{:?}", isa);
+                prop_assert_eq!(clear_ahead(isa, &behind), ahead, "{:?}", isa);
+            }
+        }
+    }
+}
