@@ -1,6 +1,12 @@
 //! The one kernel over bit ranges: OR at any shift, word by word.
 
+mod words;
+
+use std::ops::Range;
+
 use rayon::prelude::*;
+
+use crate::isa::Isa;
 
 const BITS: u64 = 64;
 
@@ -50,33 +56,20 @@ pub fn or_bits(dst: &mut [u64], dst_bit: u64, src: &[u64], src_bit: u64, len: u6
     let whole = word(len);
     let body = &mut dst[word(dst_bit)..word(dst_bit) + whole];
     let (start, shift) = (word(src_bit), src_bit % BITS);
+    let isa = Isa::best();
     if whole >= PARALLEL_WORDS {
         body.par_chunks_mut(PARALLEL_WORDS / 2)
             .enumerate()
             .for_each(|(n, part)| {
-                or_words(part, &src[start + n * PARALLEL_WORDS / 2..], shift);
+                words::or(isa, part, &src[start + n * PARALLEL_WORDS / 2..], shift);
             });
     } else {
-        or_words(body, &src[start..], shift);
+        words::or(isa, body, &src[start..], shift);
     }
     // What is left in the last word.
     let tail = len % BITS;
     if tail > 0 {
         dst[word(dst_bit) + whole] |= fetch(src, src_bit + len - tail, tail);
-    }
-}
-
-/// ORs whole words: destination word `i` takes the 64 bits of `src` from bit `64 * i + shift` on.
-fn or_words(dst: &mut [u64], src: &[u64], shift: u64) {
-    if shift == 0 {
-        let src = &src[..dst.len()];
-        for (d, s) in dst.iter_mut().zip(src) {
-            *d |= s;
-        }
-    } else {
-        for (d, s) in dst.iter_mut().zip(src.windows(2)) {
-            *d |= s[0] >> shift | s[1] << (BITS - shift);
-        }
     }
 }
 
@@ -86,11 +79,38 @@ fn or_words(dst: &mut [u64], src: &[u64], shift: u64) {
 /// When the range does not fit the slice.
 #[must_use]
 pub fn count_bits(words: &[u64], first: u64, len: u64) -> u64 {
-    let mut total = 0;
-    masked_words(first, len, |i, mask| {
-        total += u64::from((words[i] & mask).count_ones());
-    });
-    total
+    let Some((range, head, tail)) = span(first, len) else {
+        return 0;
+    };
+    let words = &words[range];
+    // All bits of the words, less those that the first and the last word have outside the range.
+    let outside = (words[0] & !head).count_ones() + (words[words.len() - 1] & !tail).count_ones();
+    words::count(Isa::best(), words) - u64::from(outside)
+}
+
+/// The first set bit among the bits `first..end` of `words`.
+///
+/// # Panics
+/// When the range does not fit the slice.
+pub(crate) fn next_set(words: &[u64], first: u64, end: u64) -> Option<u64> {
+    let (range, head, _) = span(first, end.saturating_sub(first))?;
+    let start = range.start;
+    let words = &words[range];
+    let at = match words[0] & head {
+        0 => 1 + words::clear_ahead(Isa::best(), &words[1..]),
+        _ => 0,
+    };
+    let word = *words.get(at)? & if at == 0 { head } else { u64::MAX };
+    let bit = (start + at) as u64 * BITS + u64::from(word.trailing_zeros());
+    (bit < end).then_some(bit)
+}
+
+/// The words of a bit range, and what of the first and of the last of them belongs to it. `None` when it is empty.
+fn span(first: u64, len: u64) -> Option<(Range<usize>, u64, u64)> {
+    let last = first + len.checked_sub(1)?;
+    let head = u64::MAX << (first % BITS);
+    let tail = low(last % BITS + 1);
+    Some((word(first)..word(last) + 1, head, tail))
 }
 
 /// Calls `each(word index, mask of the range's bits in it)` for every word of a bit range.
@@ -129,6 +149,17 @@ mod tests {
                 let want = bit(&dst, i) || (i >= a && i < a + n && bit(&src, b + i - a));
                 prop_assert_eq!(bit(&got, i), want, "bit {}", i);
             }
+        }
+
+        #[test]
+        fn the_next_set_bit_is_the_first_that_a_look_at_each_bit_finds(
+            bits in proptest::collection::btree_set(0u64..6400, 0..4), a in 0u64..6400, b in 0u64..=6400,
+        ) {
+            let mut words = vec![0u64; 100];
+            for &n in &bits {
+                words[word(n)] |= 1 << (n % 64);
+            }
+            prop_assert_eq!(next_set(&words, a, b), (a..b).find(|&n| bit(&words, n)));
         }
 
         #[test]

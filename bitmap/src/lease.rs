@@ -142,6 +142,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_dirty_in_a_row_is_one_extent_however_far_a_search_goes_at_once() {
+        let store = Arc::new(DirtyStore::default());
+        store.add_block(BlockId(0), 20_000);
+        let consumer = store.consumer(Start::AllDirty);
+        consumer.lease(5000).unwrap().ack();
+        let held = consumer.lease(100).unwrap();
+        consumer.lease(20_000).unwrap().ack();
+        let mut bits = PageBitmap::new(20_000);
+        let all = PageRange::new(0, 20_000);
+        bits.set_range(all);
+        store.publish(BlockId(0), &bits, &[all]);
+        // As many pages as it is about to take are searched, then, for those on lease, some more.
+        let lease = consumer.lease(6000).unwrap();
+        assert_eq!(
+            lease.extents(),
+            [
+                Extent::new(BlockId(0), 0, 5000),
+                Extent::new(BlockId(0), 5100, 1000)
+            ]
+        );
+        held.ack();
+    }
+
+    #[test]
     fn leases_go_around_so_that_no_page_starves() {
         let store = store();
         let consumer = store.consumer(Start::Empty);

@@ -1,6 +1,6 @@
 //! Pages, memory slots, layouts, dirty bitmaps and the dirty store of Gleaner.
 //!
-//! This crate knows neither KVM nor I/O, and has no `unsafe` code. It keeps the part of the work
+//! This crate knows neither KVM nor I/O, and has no `unsafe` code but in the kernels that are written for AVX2. It keeps the part of the work
 //! that must never go wrong: which page a dirty bit means, and who holds it at any moment.
 //!
 //! ```text
@@ -19,7 +19,9 @@
 mod atomic_bitmap;
 mod bits;
 mod block;
+mod edges;
 mod error;
+mod isa;
 mod layout;
 mod lease;
 #[doc(hidden)]

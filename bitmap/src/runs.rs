@@ -1,28 +1,30 @@
-//! Runs of set bits, found word by word.
+//! Runs of set bits.
 
 use crate::PageRange;
-
-/// Words looked at together where nothing changes.
-const STRIDE: usize = 8;
+use crate::edges::{BLOCK, Edges, Window};
+use crate::isa::Isa;
 
 /// The runs of set bits in a bitmap, in order: an iterator whose cost follows words and runs, never set bits.
 ///
-/// It looks for *edges*, bits that differ from the bit before them. All edges of a word come from one exclusive or, so that
-/// dense bitmaps cost few mispredicted branches. Where nothing changes, several words are passed at once.
+/// Runs are found many at a time, by the widest instructions that the machine has. [`Runs::batch`] hands them out so, and
+/// what an iterator does as a whole (`for_each`, `collect`, `sum`) goes by batches too.
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
     /// Up to the word of the last bit.
     words: &'a [u64],
     /// The word to look at next.
     next: usize,
-    /// Edges of the word before that one which have not been met yet.
-    edges: u64,
-    /// The last bit of that word.
-    carry: u64,
+    /// The range's first word, and what of it belongs to the range.
+    head: (usize, u64),
     /// What of the last word belongs to the range.
     tail: u64,
     /// Bit after the last one.
     end: u64,
+    isa: Isa,
+    edges: Edges,
+    /// Runs that are found, and how many of them have been handed out.
+    batch: Vec<PageRange>,
+    given: usize,
 }
 
 impl<'a> Runs<'a> {
@@ -31,71 +33,82 @@ impl<'a> Runs<'a> {
     /// # Panics
     /// When `end` lies outside `words`.
     #[must_use]
-    #[allow(clippy::cast_possible_truncation)] // word indices of a slice in memory
     pub fn new(words: &'a [u64], first: u64, end: u64) -> Self {
+        Self::with(Isa::best(), words, first, end)
+    }
+
+    #[allow(clippy::cast_possible_truncation)] // word indices of a slice in memory
+    fn with(isa: Isa, words: &'a [u64], first: u64, end: u64) -> Self {
         assert!(end <= words.len() as u64 * 64, "range outside the bitmap");
-        let empty = first >= end;
-        let start = if empty { 0 } else { (first / 64) as usize };
-        let mut runs = Self {
-            words: if empty {
-                &[]
-            } else {
-                &words[..end.div_ceil(64) as usize]
-            },
-            next: start,
-            edges: 0,
-            carry: 0,
+        let used = if first < end { end.div_ceil(64) } else { 0 };
+        let next = if first < end { first / 64 } else { 0 } as usize;
+        Self {
+            words: &words[..used as usize],
+            next,
+            head: (next, u64::MAX << (first % 64)),
             tail: u64::MAX >> (end.wrapping_neg() % 64),
             end,
-        };
-        if !empty {
-            runs.load(u64::MAX << (first % 64));
-        }
-        runs
-    }
-
-    /// Takes the next word, of which `mask` belongs to the range.
-    #[inline]
-    fn load(&mut self, mask: u64) {
-        let last = self.next + 1 == self.words.len();
-        let word = self.words[self.next] & mask & if last { self.tail } else { u64::MAX };
-        self.edges = word ^ (word << 1 | self.carry);
-        self.carry = word >> 63;
-        self.next += 1;
-    }
-
-    /// Passes words that are all like the last bit. The last word has a mask of its own and is never passed.
-    fn stride(&mut self) {
-        let same = self.carry.wrapping_neg();
-        let Some((_, words)) = self.words.split_last() else {
-            return;
-        };
-        while let Some(stride) = words.get(self.next..self.next + STRIDE) {
-            if stride.iter().fold(0, |all, word| all | (word ^ same)) != 0 {
-                break;
-            }
-            self.next += STRIDE;
-        }
-        while words.get(self.next) == Some(&same) {
-            self.next += 1;
+            isa,
+            edges: Edges::default(),
+            batch: Vec::new(),
+            given: 0,
         }
     }
 
-    /// The next bit that differs from the one before it.
-    #[inline]
-    fn edge(&mut self) -> Option<u64> {
-        while self.edges == 0 {
-            if self.next == self.words.len() {
-                return None;
-            }
-            self.load(u64::MAX);
-            if self.edges == 0 {
-                self.stride();
-            }
+    /// Some of the runs that are left, in order; none when there are no more. The fastest way to all of them: a batch
+    /// is found at once and stays in the nearest cache.
+    pub fn batch(&mut self) -> &[PageRange] {
+        if self.given == self.batch.len() {
+            self.find();
         }
-        let bit = u64::from(self.edges.trailing_zeros());
-        self.edges &= self.edges - 1;
-        Some((self.next as u64 - 1) * 64 + bit)
+        let from = std::mem::replace(&mut self.given, self.batch.len());
+        &self.batch[from..]
+    }
+
+    /// Finds the next batch.
+    #[cold]
+    fn find(&mut self) {
+        self.batch.clear();
+        self.given = 0;
+        while self.batch.is_empty() && self.next < self.words.len() {
+            let base = self.next as u64 * 64;
+            // Whole blocks, with the word before them, are looked at where they are. The words at both ends of
+            // the range are not wholly part of it, so they are copied.
+            let inner = self.words.len() - 1 - self.next;
+            if self.next > self.head.0 && inner >= BLOCK {
+                let words = &self.words[self.next - 1..self.words.len() - 1];
+                self.next += self.edges.scan(self.isa, words);
+            } else {
+                let window = self.window();
+                self.edges.scan(self.isa, &window);
+            }
+            self.edges.take_runs(self.isa, base, &mut self.batch);
+        }
+        if self.next == self.words.len()
+            && let Some(first) = self.edges.take_open()
+        {
+            self.batch.push(PageRange::new(first, self.end - first));
+        }
+    }
+
+    /// Copies the next block, as far as there is one, and passes it.
+    fn window(&mut self) -> Window {
+        let mut window = [0; BLOCK + 1];
+        let (first, mask) = self.head;
+        if self.next > first {
+            window[0] = self.words[self.next - 1];
+        }
+        let end = self.words.len().min(self.next + BLOCK);
+        let words = &self.words[self.next..end];
+        window[1..=words.len()].copy_from_slice(words);
+        if self.next == first {
+            window[1] &= mask;
+        }
+        if end == self.words.len() {
+            window[words.len()] &= self.tail;
+        }
+        self.next = end;
+        window
     }
 }
 
@@ -104,9 +117,23 @@ impl Iterator for Runs<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<PageRange> {
-        let first = self.edge()?;
-        let end = self.edge().unwrap_or(self.end);
-        Some(PageRange::new(first, end - first))
+        if self.given == self.batch.len() {
+            self.find();
+        }
+        let run = *self.batch.get(self.given)?;
+        self.given += 1;
+        Some(run)
+    }
+
+    fn fold<B, F: FnMut(B, PageRange) -> B>(mut self, init: B, mut f: F) -> B {
+        let mut all = init;
+        loop {
+            let batch = self.batch();
+            if batch.is_empty() {
+                return all;
+            }
+            all = batch.iter().copied().fold(all, &mut f);
+        }
     }
 }
 
@@ -115,22 +142,68 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Stretches of words that are alike, shorter and longer than a block.
+    fn bitmap() -> impl Strategy<Value = Vec<u64>> {
+        let any_bits = any::<u64>();
+        let sparse =
+            (any_bits, any_bits, any_bits, any_bits).prop_map(|(a, b, c, d)| a & b & c & d);
+        let word = prop_oneof![
+            4 => Just(0),
+            4 => Just(u64::MAX),
+            1 => any_bits,
+            1 => sparse,
+            1 => (0u32..64).prop_map(|bit| 1 << bit),
+            1 => Just(0x5555_5555_5555_5555),
+        ];
+        let stretch = prop_oneof![4 => 1usize..30, 1 => 60usize..200, 1 => Just(1100)];
+        proptest::collection::vec((word, stretch), 1..10).prop_map(|stretches| {
+            let words = stretches.into_iter();
+            words
+                .flat_map(|(word, n)| std::iter::repeat_n(word, n))
+                .collect()
+        })
+    }
+
+    /// Bit by bit.
+    fn oracle(words: &[u64], first: u64, end: u64) -> Vec<PageRange> {
+        let mut runs: Vec<PageRange> = Vec::new();
+        for bit in first..end {
+            if words[(bit / 64) as usize] >> (bit % 64) & 1 == 1 {
+                match runs.last_mut() {
+                    Some(run) if run.end() == bit => run.pages += 1,
+                    _ => runs.push(PageRange::new(bit, 1)),
+                }
+            }
+        }
+        runs
+    }
+
     proptest! {
         #[test]
-        fn runs_cover_exactly_the_set_bits_of_the_range(
-            // Stretches of equal words, shorter and longer than a stride.
-            words in proptest::collection::vec((prop_oneof![4 => Just(0u64), 4 => Just(u64::MAX), 1 => any::<u64>()], 1usize..30), 1..10),
-            a in 0u64..19_200, b in 0u64..19_200,
+        fn every_instruction_set_finds_the_runs_that_a_look_at_each_bit_finds(
+            words in bitmap(), random in proptest::collection::vec(any::<u64>(), 0..200),
+            a in 0u64..100_000, b in 0u64..100_000, step in 1usize..5,
         ) {
-            let words: Vec<u64> = words.into_iter().flat_map(|(word, n)| std::iter::repeat_n(word, n)).collect();
+            let mut words = words;
+            for (at, bits) in random.into_iter().enumerate() {
+                let place = at * step % words.len();
+                words[place] = bits;
+            }
             let top = words.len() as u64 * 64;
             let (a, b) = (a.min(b).min(top), a.max(b).min(top));
-            let runs: Vec<_> = Runs::new(&words, a, b).collect();
-            let got: Vec<u64> = runs.iter().flat_map(|r| r.first..r.end()).collect();
-            let want: Vec<u64> = (a..b).filter(|&i| words[(i / 64) as usize] >> (i % 64) & 1 == 1).collect();
-            prop_assert_eq!(got, want);
-            for pair in runs.windows(2) {
-                prop_assert!(pair[0].end() < pair[1].first, "runs that touch are one run");
+            for (first, end) in [(a, b), (0, top), (a, top), (a, a)] {
+                let want = oracle(&words, first, end);
+                for isa in Isa::here() {
+                    let one_by_one: Vec<_> = {
+                        let mut runs = Runs::with(isa, &words, first, end);
+                        std::iter::from_fn(|| runs.next()).collect()
+                    };
+                    prop_assert_eq!(&one_by_one, &want, "{:?}", isa);
+                    let mut runs = Runs::with(isa, &words, first, end);
+                    let begun: Vec<_> = runs.by_ref().take(3).collect();
+                    let rest = runs.fold(begun, |mut all, run| { all.push(run); all });
+                    prop_assert_eq!(&rest, &want, "{:?} by batches", isa);
+                }
             }
         }
     }

@@ -8,10 +8,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::bits::next_set;
 use crate::mutant::{self, Mutant};
-use crate::{
-    BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Runs, Slot, SlotKey,
-};
+use crate::{BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Slot, SlotKey};
 
 /// What a harvest has to cover.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -126,13 +125,13 @@ impl Staging {
             });
         }
         let mut done = 0;
-        while let Some(run) = Runs::new(words, done, range.pages).next() {
-            let first = range.first + run.first;
-            let end = (range.first + run.end()).next_multiple_of(CHUNK);
+        while let Some(bit) = next_set(words, done, range.pages) {
+            let first = range.first + bit;
+            let end = (first + 1).next_multiple_of(CHUNK);
             let part = PageRange::new(first, end.min(range.end()) - first);
             self.touch(part);
-            self.bits.or_words_at(part, words, run.first)?;
-            done = run.first + part.pages;
+            self.bits.or_words_at(part, words, bit)?;
+            done = bit + part.pages;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::bits::next_set;
 use crate::mutant::{self, Mutant};
 use crate::{BlockId, Consumer, Extent, PageBitmap, PageRange};
 
@@ -223,6 +224,9 @@ impl DirtyStore {
     }
 }
 
+/// Pages that are searched together at least: 16 MiB of guest memory.
+const STEP: u64 = 4096;
+
 /// Moves dirty, unleased pages of one span to `taken`.
 fn take_span(
     block: BlockId,
@@ -231,34 +235,52 @@ fn take_span(
     left: &mut u64,
     taken: &mut Vec<Extent>,
 ) {
-    let mut found = Vec::new();
-    'runs: for run in sets.dirty.runs_in(span) {
-        // Leave out what is on lease: an old copy could land after a newer one.
-        let mut at = run.first;
-        let mut free = |range: PageRange| {
-            let pages = range.pages.min(*left);
-            if pages > 0 {
-                found.push(PageRange::new(range.first, pages));
-                *left -= pages;
-            }
-            *left == 0
+    let mut at = span.first;
+    while *left > 0 {
+        let Some(first) = next_set(sets.dirty.words(), at, span.end()) else {
+            break;
         };
-        for leased in sets.leased.runs_in(run) {
-            if mutant::is_planted(Mutant::LeasedTwice) {
-                break;
+        // No further than needed: what is dirty may reach to the end of the block, and the next lease looks again.
+        at = first.saturating_add(STEP.max(*left)).min(span.end());
+        for range in free(sets, PageRange::new(first, at - first), left) {
+            sets.dirty.clear_range(range);
+            sets.leased.set_range(range);
+            match taken.last_mut() {
+                Some(last) if last.block == block && last.range.end() == range.first => {
+                    last.range.pages += range.pages;
+                }
+                _ => taken.push(Extent { block, range }),
             }
-            if free(PageRange::new(at, leased.first - at)) {
-                break 'runs;
-            }
-            at = leased.end();
         }
-        if free(PageRange::new(at, run.end() - at)) {
+    }
+}
+
+/// The first `left` pages of `part` that are dirty and not on lease, and counts them off.
+fn free(sets: &Sets, part: PageRange, left: &mut u64) -> Vec<PageRange> {
+    let mut found = Vec::new();
+    let mut take = |first: u64, end: u64| {
+        let pages = (end - first).min(*left);
+        if pages > 0 {
+            found.push(PageRange::new(first, pages));
+            *left -= pages;
+        }
+        *left == 0
+    };
+    for run in sets.dirty.runs_in(part) {
+        let mut at = run.first;
+        // Leave out what is on lease: an old copy could land after a newer one.
+        let some = next_set(sets.leased.words(), at, run.end()).is_some();
+        if some && !mutant::is_planted(Mutant::LeasedTwice) {
+            for leased in sets.leased.runs_in(run) {
+                if take(at, leased.first) {
+                    return found;
+                }
+                at = leased.end();
+            }
+        }
+        if take(at, run.end()) {
             break;
         }
     }
-    for range in found {
-        sets.dirty.clear_range(range);
-        sets.leased.set_range(range);
-        taken.push(Extent { block, range });
-    }
+    found
 }

@@ -3,14 +3,12 @@
 use std::sync::Arc;
 
 use gleaner_bitmap::mutant::{self, Mutant};
-use gleaner_bitmap::{Collected, DirtySource, Layout, PageRange, Rearm, Runs, Scope, Slot};
+use gleaner_bitmap::{Collected, DirtySource, Layout, PageRange, Rearm, Scope, Slot};
 
 use crate::{Kvm, Result};
 
-/// Clean words between dirty ones that are cleared along, because a call costs more than they do.
-const JOIN_WORDS: u64 = 16;
-/// Pages cleared by one call at most (256 MiB): it holds KVM's memory lock, and vCPUs wait for that.
-const CLEAR_PAGES: u64 = 1 << 16;
+/// Words that are handed to one call at most (256 MiB of guest): it holds KVM's memory lock, and vCPUs wait for that.
+const CLEAR_WORDS: u64 = 1 << 10;
 
 /// `KVM_GET_DIRTY_LOG` for each slot that is logged.
 ///
@@ -56,31 +54,17 @@ fn words_of(words: &[u64], span: PageRange) -> &[u64] {
     &words[span.first as usize..span.end() as usize]
 }
 
-/// Spans of words that have bits set, near ones joined, none longer than a call should take.
+/// Spans of words that hold all set bits, none longer than a call should take. What is clean between two dirty words of a span
+/// is handed over too: a call costs more than looking at hundreds of clean words.
 fn dirty_spans(words: &[u64]) -> Vec<PageRange> {
     let mut spans: Vec<PageRange> = Vec::new();
-    let mut at = 0;
-    for run in Runs::new(words, 0, words.len() as u64 * 64) {
-        let first = (run.first / 64).max(at);
-        let end = run.end().div_ceil(64);
-        at = end;
-        if first >= end {
-            continue;
-        }
+    for (at, _) in (0..).zip(words).filter(|(_, word)| **word != 0) {
         match spans.last_mut() {
-            Some(last) if first - last.end() <= JOIN_WORDS => last.pages = end - last.first,
-            _ => spans.push(PageRange::new(first, end - first)),
+            Some(span) if at - span.first < CLEAR_WORDS => span.pages = at + 1 - span.first,
+            _ => spans.push(PageRange::new(at, 1)),
         }
     }
-    let most = CLEAR_PAGES / 64;
     spans
-        .into_iter()
-        .flat_map(|s| {
-            (s.first..s.end())
-                .step_by(usize::try_from(most).unwrap_or(usize::MAX))
-                .map(move |f| PageRange::new(f, most.min(s.end() - f)))
-        })
-        .collect()
 }
 
 impl DirtySource for BitmapSource {
@@ -134,20 +118,133 @@ impl DirtySource for BitmapSource {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // a test fails by panicking
+
+    use std::sync::Mutex;
+
+    use gleaner_bitmap::{BlockId, BlockInfo, DirtyStore, Harvester, PAGE_SIZE, SlotKey};
+
     use super::*;
+    use crate::{Capabilities, Mode, Region, Reset};
 
     #[test]
-    fn spans_cover_every_set_bit_and_join_only_near_words() {
+    fn spans_cover_every_set_bit_and_are_no_longer_than_a_call_should_take() {
         let mut words = vec![0u64; 4096];
-        for i in [0, 1, 17, 40, 4095] {
+        for i in [0, 1, 17, 1023, 1024, 4095] {
             words[i] = 1 << (i % 64);
         }
-        let spans = dirty_spans(&words);
-        let pairs: Vec<_> = spans.iter().map(|s| (s.first, s.pages)).collect();
-        assert_eq!(pairs, [(0, 18), (40, 1), (4095, 1)]);
+        let pairs = |words: &[u64]| -> Vec<_> {
+            let spans = dirty_spans(words).into_iter();
+            spans.map(|span| (span.first, span.pages)).collect()
+        };
+        assert_eq!(pairs(&words), [(0, 1024), (1024, 1), (4095, 1)]);
         words.fill(u64::MAX);
-        let spans = dirty_spans(&words);
-        assert!(spans.iter().all(|s| s.pages * 64 <= CLEAR_PAGES));
-        assert_eq!(spans.iter().map(|s| s.pages).sum::<u64>(), 4096);
+        let whole = [(0, 1024), (1024, 1024), (2048, 1024), (3072, 1024)];
+        assert_eq!(pairs(&words), whole);
+    }
+
+    /// A KVM with one slot, which keeps what CLEAR was called for.
+    struct Cleared {
+        log: Vec<u64>,
+        calls: Mutex<Vec<PageRange>>,
+    }
+
+    impl Kvm for Cleared {
+        fn capabilities(&self) -> Capabilities {
+            Capabilities {
+                slot_limit: 1,
+                ring_bytes_max: 0,
+                manual_protect: true,
+                initially_set: false,
+                readonly: false,
+                slot_zap_all_quirk: false,
+            }
+        }
+
+        fn enable(&self, _: Mode) -> Result<()> {
+            Ok(())
+        }
+
+        fn set_region(&self, _: &'static str, _: &Region) -> Result<()> {
+            Ok(())
+        }
+
+        fn delete_region(&self, _: SlotKey) -> Result<()> {
+            Ok(())
+        }
+
+        fn get_dirty_log(&self, _: SlotKey, words: &mut [u64]) -> Result<()> {
+            words.copy_from_slice(&self.log);
+            Ok(())
+        }
+
+        fn clear_dirty_log(&self, _: SlotKey, range: PageRange, words: &[u64]) -> Result<()> {
+            let first = usize::try_from(range.first / 64).unwrap();
+            assert_eq!(words, &self.log[first..first + words.len()], "as fetched");
+            self.calls.lock().unwrap().push(range);
+            Ok(())
+        }
+
+        fn reset_dirty_rings(&self) -> Result<Reset> {
+            Ok(Reset::default())
+        }
+
+        fn set_manual_protect(&self, _: bool, _: bool) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The CLEAR calls of a harvest of a slot of `pages` pages, which lies `shift` pages into its block.
+    fn clears(pages: u64, shift: u64, dirty: &[u64]) -> Vec<PageRange> {
+        let block = BlockInfo::new(BlockId(0), "ram", (pages + shift) * PAGE_SIZE).unwrap();
+        let slot = Slot {
+            key: 0.into(),
+            gpa: 0,
+            block: block.id,
+            range: PageRange::new(shift, pages),
+            readonly: false,
+        };
+        let mut harvester = Harvester::default();
+        harvester.add_block(block.id, pages + shift);
+        let mut layout = Layout::empty(1).edit();
+        layout.add_block(block).unwrap();
+        layout.create(slot).unwrap();
+        let layout = layout.finish().unwrap();
+        let mut log = vec![0; usize::try_from(pages.div_ceil(64)).unwrap()];
+        for page in dirty {
+            log[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
+        }
+        let kvm = Arc::new(Cleared {
+            log,
+            calls: Mutex::default(),
+        });
+        let mut source = BitmapSource::new(Arc::clone(&kvm) as Arc<dyn Kvm>, true);
+        let report = harvester.harvest(
+            [&mut source as &mut dyn DirtySource],
+            &layout,
+            Scope::All,
+            &DirtyStore::default(),
+        );
+        assert_eq!(report.unwrap().pages, dirty.len() as u64);
+        let calls = kvm.calls.lock().unwrap();
+        calls.clone()
+    }
+
+    #[test]
+    fn clear_calls_follow_the_chunks_that_hold_dirty_pages_and_not_the_misalignment() {
+        let pages = 1 << 20;
+        let chunk = CLEAR_WORDS * 64;
+        // 8 MiB in a row; a page in each 10 MiB of one chunk; one page in each of three distant chunks.
+        let row: Vec<u64> = (70_000..72_048).collect();
+        let comb: Vec<u64> = (0..25).map(|n| 5 + 64 * 40 * n).collect();
+        let few: Vec<u64> = [3, 7, 15].map(|n| n * chunk + 99).to_vec();
+        for (dirty, most) in [(row, 2), (comb, 1), (few, 3)] {
+            let aligned = clears(pages, 0, &dirty);
+            assert!(aligned.len() <= most, "{} calls", aligned.len());
+            // 4 MiB into the block, and a number of pages that no word begins with.
+            for shift in [1024, 37] {
+                assert_eq!(clears(pages, shift, &dirty), aligned, "shift {shift}");
+            }
+        }
     }
 }
