@@ -1,16 +1,18 @@
 //! `gleaner rate`: what a guest writes, and whether a migration of it would converge.
 
+mod exact;
 mod exporter;
 mod grid;
 mod live;
 mod prometheus;
 mod record;
+mod sampled;
 mod svg;
 mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use gleaner_migrate::CancelToken;
@@ -19,31 +21,44 @@ use serde_json::{Value, json};
 use super::options::cancel_on_signal;
 use super::output::Output;
 use super::{Failure, units};
-use crate::rate::{Link, Measurement, Metered, Report, Verdict, judge};
-use crate::service::MeterClient;
+use crate::rate::process::AddressRange;
+use crate::rate::{Findings, Link, Metered, Report, Verdict, judge};
 use exporter::{Exporter, ServeAddress};
 use live::Live;
-use record::Recording;
 
-/// Between two looks, at most: the shortest time of the dirty curve.
-const LOOK: Duration = Duration::from_millis(50);
+/// The shortest time of the dirty curve, and of a window.
+const LEAST: Duration = Duration::from_millis(50);
 /// How often it is asked whether it is called off.
 const TICK: Duration = Duration::from_millis(20);
 /// Bytes a second of a link that nobody has told the bandwidth of: nearly what 10 Gbit/s are.
 const BANDWIDTH: u64 = 1 << 30;
-/// How long it is metered unless it is said.
+/// How long it is metered unless it is said: a sample takes longer.
 const DURATION: Duration = Duration::from_secs(10);
+const SAMPLED_DURATION: Duration = Duration::from_secs(20);
 
 /// The command's options.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example: gleaner rate --control /tmp/g.sock --duration 30s --bandwidth 1G --svg rate.svg\nFor `gleaner plan`: gleaner rate --control /tmp/g.sock --duration 1m --record guest.trace\nFor Prometheus: gleaner rate --control /tmp/g.sock --serve 9187\n\nIt is exact: every page written is counted, also beside a migration. Ctrl-C ends it early, with what was found until then."
+    after_help = "Example: gleaner rate --control /tmp/g.sock --duration 30s --bandwidth 1G --svg rate.svg\nFor `gleaner plan`: gleaner rate --control /tmp/g.sock --duration 1m --record guest.trace\nFor Prometheus: gleaner rate --control /tmp/g.sock --serve 9187\nOf any VMM: gleaner rate --pid $(pidof qemu-system-x86_64)\n\nWith --control it is exact: every page written is counted, also beside a migration. With --pid it is sampled, and each figure comes with an interval that holds the truth with 95 % certainty; a page that is written with what it held is not seen. Ctrl-C ends it early, with what was found until then."
 )]
 pub struct Rate {
     /// Socket of the service.
-    #[arg(long, value_name = "PATH")]
-    pub control: PathBuf,
-    /// How long: 10s unless given; with --serve, until Ctrl-C.
+    #[arg(long, value_name = "PATH", required_unless_present = "pid")]
+    pub control: Option<PathBuf>,
+    /// A process whose memory holds a guest's RAM, of which nothing else is asked: it takes CAP_SYS_PTRACE, or the same user.
+    #[arg(long, value_name = "PID", conflicts_with = "control")]
+    pub pid: Option<u32>,
+    /// Where the guest's RAM is in that process, as in 0x7f0000000000+1G; may be given several times. Found by itself unless
+    /// given.
+    #[arg(long, value_name = "ADDR+LEN", conflicts_with = "control")]
+    pub range: Vec<AddressRange>,
+    /// Standard error that the sampled dirty rate may have, over the rate itself: as many pages are looked at. 5% unless given.
+    #[arg(long, value_name = "P", value_parser = units::part, conflicts_with = "control")]
+    pub precision: Option<f64>,
+    /// CPU time that sampling may take, of one CPU; comes before --precision. 2% unless given.
+    #[arg(long, value_name = "P", value_parser = units::part, conflicts_with = "control")]
+    pub cpu: Option<f64>,
+    /// How long: 10s unless given, 20s with --pid; with --serve, until Ctrl-C.
     #[arg(long, value_name = "D", value_parser = units::time_limit)]
     pub duration: Option<Duration>,
     /// Length of the windows, of which mean and variance are told: 50ms or more.
@@ -69,13 +84,13 @@ pub struct Rate {
     pub svg: Option<PathBuf>,
     /// Record into this file which pages are written by when, for `gleaner plan`: four times in each downtime limit, at most
     /// every 50ms.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "control")]
     pub record: Option<PathBuf>,
 }
 
 /// What was found, all together.
 struct Found<'a> {
-    measured: &'a Measurement,
+    measured: &'a dyn Findings,
     metered: &'a Metered,
     report: Report,
     verdict: Option<Verdict>,
@@ -86,10 +101,10 @@ struct Found<'a> {
 impl Rate {
     /// What no single option can tell.
     pub fn check(&self) -> Result<(), String> {
-        if self.interval < LOOK {
+        if self.interval < LEAST {
             return Err("--interval: pages are looked at every 50ms, no window is shorter".into());
         }
-        if self.duration.is_some_and(|duration| duration < LOOK) {
+        if self.duration.is_some_and(|duration| duration < LEAST) {
             return Err("--duration: pages are looked at every 50ms, it has to be longer".into());
         }
         Ok(())
@@ -102,27 +117,41 @@ impl Rate {
         cancel_on_signal(&cancel).map_err(output.failure())?;
         let exporter = self.serve.as_ref().map(Exporter::bind);
         let exporter = exporter.transpose().map_err(output.failure())?;
-        let mut client = MeterClient::attach(&self.control, &cancel).map_err(output.failure())?;
-        let record = self.record.as_deref();
-        let recording = record.map(|path| Recording::create(path, self.downtime_limit));
-        let recording = recording.transpose().map_err(output.failure())?;
         if let Some(exporter) = &exporter {
             eprintln!("gleaner: metrics at http://{}/metrics", exporter.address());
         }
-        let measured = self.measure(&mut client, &cancel, exporter.as_ref(), recording);
-        let (measured, lost) = measured.map_err(output.failure())?;
-        let found = self.found(&measured, client.metered());
+        let screen = Screen {
+            options: &self,
+            cancel,
+            exporter,
+        };
+        match (self.pid, &self.control) {
+            (Some(pid), _) => screen.sampled(pid),
+            (None, Some(control)) => screen.exact(control),
+            (None, None) => Err("neither --control nor --pid".into()),
+        }
+        .map_err(output.failure())
+    }
+
+    /// Tells what was found, in every way that is asked for; and why it is not all, if something ended it early.
+    fn tell(
+        &self,
+        measured: &dyn Findings,
+        metered: &Metered,
+        lost: Option<&str>,
+    ) -> Result<ExitCode, String> {
+        let found = self.found(measured, metered);
         if let Some(path) = &self.svg {
             let written = std::fs::write(path, svg::picture(&found));
             let fail = |error| format!("can't write {}: {error}", path.display());
-            written.map_err(fail).map_err(output.failure())?;
+            written.map_err(fail)?;
         }
         let mut object = found.object();
-        if let Some(reason) = &lost {
+        if let Some(reason) = lost {
             object["status"] = "failed".into();
-            object["reason"] = reason.as_str().into();
+            object["reason"] = reason.into();
         }
-        output.result(&object, || {
+        Output { json: self.json }.result(&object, || {
             if self.prometheus {
                 prometheus::exposition(&found).trim_end().to_owned()
             } else {
@@ -135,7 +164,7 @@ impl Rate {
         }))
     }
 
-    fn found<'a>(&self, measured: &'a Measurement, metered: &'a Metered) -> Found<'a> {
+    fn found<'a>(&self, measured: &'a dyn Findings, metered: &'a Metered) -> Found<'a> {
         let link = Link {
             bandwidth: self.bandwidth.unwrap_or(BANDWIDTH),
             downtime_limit: self.downtime_limit,
@@ -149,68 +178,32 @@ impl Rate {
         }
     }
 
-    /// Looks until it is over, by time or by the user, or because the guest has gone; and why it could not look on, if there
-    /// was a look before.
-    fn measure(
-        &self,
-        client: &mut MeterClient,
-        cancel: &CancelToken,
-        exporter: Option<&Exporter>,
-        mut recording: Option<Recording>,
-    ) -> Result<(Measurement, Option<String>), String> {
-        let began = Instant::now();
-        let duration = match (self.duration, exporter) {
-            (Some(duration), _) => duration,
-            (None, Some(_)) => Duration::MAX,
-            (None, None) => DURATION,
-        };
-        let metered = client.metered().clone();
-        let mut measured = Measurement::new(self.interval);
-        let mut live = Live::new();
-        let mut due = LOOK.min(duration);
-        let lost = loop {
-            while began.elapsed() < due && !cancel.is_cancelled() {
-                std::thread::sleep(TICK.min(due.saturating_sub(began.elapsed())));
-            }
-            match client.look() {
-                Ok(look) => {
-                    measured.add(&look).map_err(|e| e.to_string())?;
-                    if let Some(recording) = &mut recording {
-                        recording.add(&look);
-                    }
-                }
-                // Called off, and no answer for a second: what was found before will do.
-                Err(_) if cancel.is_cancelled() && measured.duration() > Duration::ZERO => {
-                    break None;
-                }
-                Err(error) if measured.duration() > Duration::ZERO => {
-                    break Some(error.to_string());
-                }
-                Err(error) => return Err(error.to_string()),
-            }
-            let over =
-                measured.migrated_away() || cancel.is_cancelled() || began.elapsed() >= duration;
-            if live.is_due(&measured) || over {
-                live.show(&measured, &metered, over);
-            }
-            if let Some(exporter) = exporter
-                && exporter.is_due(&measured)
-            {
-                exporter.publish(prometheus::exposition(&self.found(&measured, &metered)));
-            }
-            if over {
-                break None;
-            }
-            // A look that came late makes the next one no sooner.
-            while due <= began.elapsed() {
-                due += LOOK;
-            }
-            due = due.min(duration);
-        };
-        if let Some(recording) = recording {
-            recording.end(measured.duration());
+    /// How long; without end where it is served.
+    fn time(&self, usual: Duration) -> Option<Duration> {
+        self.duration
+            .or_else(|| self.serve.is_none().then_some(usual))
+    }
+}
+
+/// Where what is found is shown meanwhile, and who calls it off.
+struct Screen<'a> {
+    options: &'a Rate,
+    cancel: CancelToken,
+    exporter: Option<Exporter>,
+}
+
+impl Screen<'_> {
+    /// Shows what there is to show.
+    fn show(&self, live: &mut Live, measured: &dyn Findings, metered: &Metered, last: bool) {
+        if live.is_due(measured) || last {
+            live.show(measured, metered, last);
         }
-        Ok((measured, lost))
+        if let Some(exporter) = &self.exporter
+            && exporter.is_due(measured)
+        {
+            let found = self.options.found(measured, metered);
+            exporter.publish(prometheus::exposition(&found));
+        }
     }
 }
 

@@ -68,6 +68,14 @@ pub fn time_limit(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A part of a whole, above 0 and no more than all: a number and `%`.
+pub fn part(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').and_then(|n| n.parse::<f64>().ok());
+    let part = number.map(|percent| percent / 100.0);
+    let good = part.filter(|part| *part >= 1e-5 && *part <= 1.0);
+    good.ok_or_else(|| format!("\"{text}\" is no part of a whole: write 5% or 0.5%"))
+}
+
 /// The RAM of a reference guest.
 pub fn ram(text: &str) -> Result<u64, String> {
     let bytes = size(text)?;
@@ -142,6 +150,13 @@ mod tests {
         assert!(size("0K").unwrap_err().contains("more than nothing"));
         assert!(size("17179869184G").unwrap_err().contains("at most"));
         assert_eq!(size("16777215T"), Ok(16_777_215 << 40));
+        assert_eq!(
+            (part("5%"), part("0.5%"), part("100%")),
+            (Ok(0.05), Ok(0.005), Ok(1.0))
+        );
+        for bad in ["", "%", "5", "0%", "-1%", "101%", "nan%", "inf%", "1e-9%"] {
+            assert!(part(bad).is_err(), "{bad}");
+        }
         assert!(time_limit("0ms").is_err() && time_limit("0.0s").is_err());
         assert!(churn("0").is_err() && churn("nan").is_err() && churn("inf").is_err());
     }

@@ -31,12 +31,16 @@ impl Dirtied {
             let windows = (duration.as_secs_f64() / seconds).floor().max(1.0);
             let unknown = point.pages * ((UNKNOWN / windows).exp() - 1.0);
             let off = unknown.max(DEVIATIONS * point.deviation);
+            // A sample has bounds of its own.
+            let [low, high] = point.interval95;
+            let below = off.hypot(point.pages - low);
+            let above = off.hypot(high - point.pages);
             // Means of other windows each: in more time no fewer pages are dirtied.
             let least = points.last().map_or(Bounds::default(), |before| before.1);
             let bounds = Bounds::new(
-                (point.pages - off).max(least.low),
+                (point.pages - below).max(least.low),
                 point.pages.max(least.likely),
-                (point.pages + off).max(least.high),
+                (point.pages + above).max(least.high),
             );
             points.push((seconds, bounds));
         }
@@ -103,6 +107,7 @@ mod tests {
             low: 0.0,
             high: 0.0,
             samples: 9,
+            interval95: [pages; 2],
         }
     }
 

@@ -55,13 +55,18 @@ impl Heat {
 
     /// A page was written in a look of this column.
     pub(super) fn written(&mut self, column: u32, page: u64) {
+        self.written_like(column, page, 1);
+    }
+
+    /// So many pages like this one were written in a look of this column.
+    pub(super) fn written_like(&mut self, column: u32, page: u64, pages: u64) {
         let column = column as usize;
         if self.columns.len() <= column {
             self.columns.resize(column + 1, vec![0; self.bands]);
         }
         let band = usize::try_from(page / self.band_pages);
         if let Some(band) = band.ok().and_then(|b| self.columns[column].get_mut(b)) {
-            *band += 1;
+            *band += pages;
         }
     }
 

@@ -9,8 +9,8 @@ use super::heat::Columns;
 use super::series::Series;
 use super::tally::Tally;
 use super::{
-    BlackoutsReport, BlockReport, CurvePoint, Dirtied, Harvests, HotRegion, Look, Report, Stats,
-    VcpuReport, WindowsReport,
+    BlackoutsReport, BlockReport, CurvePoint, Dirtied, Findings, Harvests, HeatMap, HotRegion,
+    Look, Report, Stats, VcpuReport, Window, WindowsReport,
 };
 use crate::{Blackouts, Error, Result};
 
@@ -49,29 +49,6 @@ struct Began {
     /// When it is over: a multiple of the interval, so that looks that come late make no window fewer.
     due: Duration,
     vcpus: Vec<(u64, u64)>,
-}
-
-/// A window that is over.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Window {
-    /// When it was over.
-    pub end: Duration,
-    /// Bytes of different pages a second.
-    pub bytes_per_second: f64,
-    /// The same by block, in their order.
-    pub blocks: Vec<(String, f64)>,
-    /// Bytes a second that each vCPU has dirtied, a page counting again after each harvest.
-    pub vcpus: Vec<(u64, f64)>,
-}
-
-/// Where and when a block was written.
-#[derive(Clone, Copy, Debug)]
-pub struct HeatMap<'a> {
-    /// The block.
-    pub block: &'a BlockInfo,
-    /// Pages seen written, by time. Each column has as many bands of the block, from its start to its end; columns at the end
-    /// in which nothing was written are left out.
-    pub columns: &'a [Vec<u64>],
 }
 
 impl Measurement {
@@ -192,47 +169,10 @@ impl Measurement {
         };
     }
 
-    /// How long was metered.
-    #[must_use]
-    pub fn duration(&self) -> Duration {
-        self.series.latest()
-    }
-
-    /// Pages that were written at least once.
-    #[must_use]
-    pub fn unique_pages(&self) -> u64 {
-        self.unique_gone + self.tallies.values().map(Tally::unique).sum::<u64>()
-    }
-
-    /// The latest window that is over.
-    #[must_use]
-    pub const fn latest(&self) -> Option<&Window> {
-        self.latest.as_ref()
-    }
-
     /// The guest has migrated away.
     #[must_use]
     pub const fn migrated_away(&self) -> bool {
         self.migrated_away
-    }
-
-    /// What the guest dirties in any time.
-    #[must_use]
-    pub fn dirtied(&self) -> Dirtied {
-        Dirtied::of(&self.curve(), self.duration(), self.pages)
-    }
-
-    /// Pages written by time and place, block by block, and how long a column lasts.
-    #[must_use]
-    pub fn heat(&self) -> (Vec<HeatMap<'_>>, Duration) {
-        let maps = self.tallies.values().map(|tally| HeatMap {
-            block: tally.info(),
-            columns: tally.heat().columns(),
-        });
-        let looks = f64::from(self.columns.looks());
-        let look = self.duration().as_secs_f64() / (self.harvests.count as f64).max(1.0);
-        let column = Duration::try_from_secs_f64(look * looks).unwrap_or_default();
-        (maps.collect(), column)
     }
 
     fn curve(&self) -> Vec<CurvePoint> {
@@ -249,14 +189,54 @@ impl Measurement {
                 low: pages,
                 high: pages,
                 samples: 1,
+                interval95: [pages; 2],
             });
         }
         curve
     }
 
-    /// All of it.
-    #[must_use]
-    pub fn report(&self) -> Report {
+    fn hottest(&self) -> Vec<HotRegion> {
+        let mut hot = Vec::new();
+        for (id, tally) in &self.tallies {
+            hot.extend(tally.hot().map(|region| (region, *id)));
+        }
+        // In their order where they are alike.
+        hot.sort_by_key(|((writes, _), _)| std::cmp::Reverse(*writes));
+        hot.truncate(HOTTEST);
+        let region = |((_, page), id)| self.tallies[&id].region(page);
+        hot.into_iter().map(region).collect()
+    }
+}
+
+impl Findings for Measurement {
+    fn duration(&self) -> Duration {
+        self.series.latest()
+    }
+
+    fn unique_pages(&self) -> u64 {
+        self.unique_gone + self.tallies.values().map(Tally::unique).sum::<u64>()
+    }
+
+    fn latest(&self) -> Option<&Window> {
+        self.latest.as_ref()
+    }
+
+    fn dirtied(&self) -> Dirtied {
+        Dirtied::of(&self.curve(), self.duration(), self.pages)
+    }
+
+    fn heat(&self) -> (Vec<HeatMap<'_>>, Duration) {
+        let maps = self.tallies.values().map(|tally| HeatMap {
+            block: tally.info(),
+            columns: tally.heat().columns(),
+        });
+        let looks = f64::from(self.columns.looks());
+        let look = self.duration().as_secs_f64() / (self.harvests.count as f64).max(1.0);
+        let column = Duration::try_from_secs_f64(look * looks).unwrap_or_default();
+        (maps.collect(), column)
+    }
+
+    fn report(&self) -> Report {
         let seconds = self.duration().as_secs_f64().max(1e-9);
         let unique_pages = self.unique_pages();
         let mut rate = self.rate;
@@ -284,6 +264,7 @@ impl Measurement {
             unique_pages_interval95: [unique_pages; 2],
             pages_written: (!self.vcpus.is_empty()).then_some(written),
             dirty_bytes_per_second: rate.mean,
+            dirty_bytes_per_second_interval95: [rate.mean; 2],
             windows: WindowsReport {
                 interval_ms: self.interval.as_secs_f64() * 1e3,
                 bytes_per_second: rate,
@@ -294,32 +275,19 @@ impl Measurement {
             unique_pages_gone: self.unique_gone,
             hottest: self.hottest(),
             guest_pages: self.pages,
-            harvests: Harvests {
+            harvests: Some(Harvests {
                 mean_ms: self.harvests.total_ms / (self.harvests.count as f64).max(1.0),
                 most_stall: self.harvests.total_ms / 1e3 / seconds,
                 ..self.harvests
-            },
-            blackouts: BlackoutsReport::of(&self.blackouts),
+            }),
+            blackouts: Some(BlackoutsReport::of(&self.blackouts)),
+            sampling: None,
             migrated_away: self.migrated_away,
         }
     }
 
-    /// How long the guest has stood still for slot transactions.
-    #[must_use]
-    pub const fn blackouts(&self) -> &Blackouts {
-        &self.blackouts
-    }
-
-    fn hottest(&self) -> Vec<HotRegion> {
-        let mut hot = Vec::new();
-        for (id, tally) in &self.tallies {
-            hot.extend(tally.hot().map(|region| (region, *id)));
-        }
-        // In their order where they are alike.
-        hot.sort_by_key(|((writes, _), _)| std::cmp::Reverse(*writes));
-        hot.truncate(HOTTEST);
-        let region = |((_, page), id)| self.tallies[&id].region(page);
-        hot.into_iter().map(region).collect()
+    fn blackouts(&self) -> Option<&Blackouts> {
+        Some(&self.blackouts)
     }
 }
 

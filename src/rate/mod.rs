@@ -11,10 +11,14 @@
 //! that is unplugged count up to the last look before.
 
 mod dirtied;
+mod findings;
 mod heat;
 mod measurement;
 mod meter;
+#[cfg(feature = "cli")]
+pub mod process;
 mod report;
+pub mod sample;
 mod series;
 mod stats;
 mod tally;
@@ -23,10 +27,11 @@ mod tests;
 mod verdict;
 
 pub use dirtied::Dirtied;
-pub use measurement::{HeatMap, Measurement, Window};
+pub use findings::{Findings, HeatMap, Window};
+pub use measurement::Measurement;
 pub use meter::{Look, Meter, Metered};
 pub use report::{
-    BlackoutsReport, BlockReport, CurvePoint, Harvests, HotRegion, Report, VcpuReport,
+    BlackoutsReport, BlockReport, CurvePoint, Harvests, HotRegion, Report, Sampling, VcpuReport,
     WindowsReport, Within,
 };
 pub use stats::Stats;

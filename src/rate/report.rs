@@ -12,13 +12,15 @@ pub struct Report {
     pub duration_ms: f64,
     /// Pages that were written at least once in the whole duration.
     pub unique_pages: u64,
-    /// Where the number of unique pages is with 95 % certainty, both included: equal, because it is counted.
+    /// Where the number of unique pages is with 95 % certainty, both included: equal where it is counted.
     pub unique_pages_interval95: [u64; 2],
     /// Pages that the vCPUs have dirtied, as KVM's rings have it: a page counts again when it is written after a harvest.
     /// `None` unless it is known who writes.
     pub pages_written: Option<u64>,
     /// Bytes of different pages a second: the mean of the windows.
     pub dirty_bytes_per_second: f64,
+    /// Where that mean is with 95 % certainty: equal where it is counted.
+    pub dirty_bytes_per_second_interval95: [f64; 2],
     /// The windows, one after the other.
     pub windows: WindowsReport,
     /// How many different pages are written in a time.
@@ -33,10 +35,12 @@ pub struct Report {
     pub hottest: Vec<HotRegion>,
     /// Pages of the blocks that are there.
     pub guest_pages: u64,
-    /// What metering cost.
-    pub harvests: Harvests,
-    /// How long the guest has stood still for slot transactions since its tracker began.
-    pub blackouts: BlackoutsReport,
+    /// What metering cost, where every page is counted.
+    pub harvests: Option<Harvests>,
+    /// How long the guest has stood still for slot transactions since its tracker began, where that is known.
+    pub blackouts: Option<BlackoutsReport>,
+    /// How pages were sampled, where they were.
+    pub sampling: Option<Sampling>,
     /// The guest has migrated away.
     pub migrated_away: bool,
 }
@@ -66,8 +70,10 @@ pub struct CurvePoint {
     pub low: f64,
     /// The most.
     pub high: f64,
-    /// Windows, which overlap.
+    /// Windows, which overlap where each page is counted.
     pub samples: u64,
+    /// Where the average is with 95 % certainty: equal where it is counted.
+    pub interval95: [f64; 2],
 }
 
 /// A vCPU.
@@ -180,4 +186,21 @@ impl BlackoutsReport {
                 .collect(),
         }
     }
+}
+
+/// How pages were sampled.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize)]
+pub struct Sampling {
+    /// Pages that were drawn, one that was drawn again counting again.
+    pub sampled_pages: u64,
+    /// Looks at them.
+    pub looks: u64,
+    /// Standard error of the dirty rate over the rate itself, as it was asked for.
+    pub precision_asked: f64,
+    /// The same as it was reached; `None` where no page was seen to change.
+    pub precision_reached: Option<f64>,
+    /// CPU time over time, of one CPU, as it was asked for.
+    pub cpu_asked: f64,
+    /// The same as it was used, by the whole process.
+    pub cpu_used: f64,
 }

@@ -137,6 +137,7 @@ impl Series {
             low: t.pages.low,
             high: t.pages.high,
             samples: t.pages.samples,
+            interval95: [t.pages.mean; 2],
         })
         .collect()
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use gleaner_bitmap::{BlockId, BlockInfo, Extent, PAGE_SIZE};
 
-use super::{Look, Measurement, Report};
+use super::{Findings, Look, Measurement, Report};
 
 const RAM: BlockId = BlockId(3);
 const PLUGGED: BlockId = BlockId(7);
@@ -78,9 +78,12 @@ fn a_window_counts_a_page_once_and_the_next_one_again() {
     near(dimm.dirty_bytes_per_second, bytes_a_second(0.5, 0.1));
     assert_eq!(measured.latest().unwrap().end, Duration::from_millis(200));
     // 1 to 5 ms in 250.
-    assert_eq!(report.harvests.longest_ms, 5.0);
-    near(report.harvests.most_stall, 0.06);
-    assert_eq!(report.harvests.rearmed_pages, 10 + 11 + 10 + 20 + 10);
+    assert_eq!(report.harvests.unwrap().longest_ms, 5.0);
+    near(report.harvests.unwrap().most_stall, 0.06);
+    assert_eq!(
+        report.harvests.unwrap().rearmed_pages,
+        10 + 11 + 10 + 20 + 10
+    );
 }
 
 #[test]

@@ -7,7 +7,7 @@ use gleaner_migrate::units::{Bytes, Seconds};
 use gleaner_migrate::{Forecasts, OnTimeout, Scene, Throttles};
 use serde::Serialize;
 
-use super::{Dirtied, Measurement, Metered};
+use super::{Dirtied, Findings, Metered};
 
 /// What a migration would go over, and what is asked of it.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -61,11 +61,11 @@ const SMALLEST: f64 = 1e-6;
 /// How near to the least amount a need is found.
 const NEAR: f64 = 1.01;
 
-/// How a migration of what was measured would go; `None` before the first look.
+/// How a migration of what was measured would go; `None` before anything was.
 #[must_use]
-pub fn judge(measured: &Measurement, metered: &Metered, link: Link) -> Option<Verdict> {
+pub fn judge(measured: &dyn Findings, metered: &Metered, link: Link) -> Option<Verdict> {
     let report = measured.report();
-    if report.harvests.count == 0 {
+    if report.curve.is_empty() {
         return None;
     }
     // Pages that had no contents yet in the beginning have some now.
@@ -73,7 +73,7 @@ pub fn judge(measured: &Measurement, metered: &Metered, link: Link) -> Option<Ve
     let trial = Trial {
         scene: Scene {
             data_pages: metered.data_pages.max(written),
-            harvest: Duration::from_secs_f64(report.harvests.mean_ms / 1e3),
+            harvest: Duration::from_secs_f64(report.harvests.map_or(0.0, |h| h.mean_ms / 1e3)),
             bandwidth: link.bandwidth,
         },
         dirtied: measured.dirtied(),
@@ -238,7 +238,7 @@ mod tests {
     #![allow(clippy::unwrap_used)] // helpers are not known to be tests
     use super::*;
     use crate::PAGE_SIZE;
-    use crate::rate::Look;
+    use crate::rate::{Look, Measurement};
     use gleaner_bitmap::{BlockId, BlockInfo, Extent};
 
     /// A guest of 1 GiB that sweeps over its first `span` pages, `step` pages in 50 ms, looked at for 10 s.

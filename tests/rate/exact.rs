@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gleaner::migrate::Source;
-use gleaner::rate::{Measurement, Meter};
+use gleaner::rate::{Findings, Measurement, Meter};
 use gleaner::vmm::churn::{ChurnConfig, Kind};
 use gleaner::vmm::guest::{MemoryMap, Workload};
 use gleaner::vmm::{Backend, Machine, MachineConfig};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::rate::Measurement;
+use crate::rate::Findings;
 
 /// Connections at once; more are hung up on.
 const MOST: usize = 16;
@@ -87,7 +87,7 @@ impl Exporter {
     }
 
     /// Whether there is to be a new page.
-    pub fn is_due(&self, measured: &Measurement) -> bool {
+    pub fn is_due(&self, measured: &dyn Findings) -> bool {
         let mut published = self
             .published
             .lock()

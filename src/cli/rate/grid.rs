@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::rate::Measurement;
+use crate::rate::Findings;
 
 /// Blocks side by side, in the order in which they came.
 pub struct Grid {
@@ -16,7 +16,7 @@ pub struct Grid {
 
 impl Grid {
     /// As many columns and rows at most.
-    pub fn of(measured: &Measurement, columns: usize, rows: usize) -> Self {
+    pub fn of(measured: &dyn Findings, columns: usize, rows: usize) -> Self {
         let (maps, column) = measured.heat();
         let total: f64 = maps.iter().map(|map| map.block.pages as f64).sum();
         let taken = maps.iter().map(|map| map.columns.len()).max().unwrap_or(0);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use gleaner_migrate::units::{Bytes, Seconds};
 
 use super::grid::Grid;
-use super::text::{cost, ms, pages};
-use crate::rate::{Measurement, Metered, Report};
+use super::text::{cost, ms, pages, way};
+use crate::rate::{Findings, Metered, Report};
 
 /// Between two pictures.
 const PERIOD: Duration = Duration::from_millis(200);
@@ -37,7 +37,7 @@ impl Live {
     }
 
     /// Whether there is something new to show.
-    pub fn is_due(&self, measured: &Measurement) -> bool {
+    pub fn is_due(&self, measured: &dyn Findings) -> bool {
         if self.terminal {
             return measured.duration().saturating_sub(self.shown) >= PERIOD;
         }
@@ -45,7 +45,7 @@ impl Live {
     }
 
     /// Shows it. Whoever watched may be gone.
-    pub fn show(&mut self, measured: &Measurement, metered: &Metered, last: bool) {
+    pub fn show(&mut self, measured: &dyn Findings, metered: &Metered, last: bool) {
         let mut stderr = std::io::stderr().lock();
         if self.terminal {
             self.shown = measured.duration();
@@ -83,17 +83,17 @@ fn size() -> (usize, usize) {
 }
 
 /// The lines of a picture so wide.
-fn picture(measured: &Measurement, metered: &Metered, width: usize) -> Vec<String> {
+fn picture(measured: &dyn Findings, metered: &Metered, width: usize) -> Vec<String> {
     let report = measured.report();
     let rate = measured
         .latest()
         .map_or(report.dirty_bytes_per_second, |w| w.bytes_per_second);
     let mut lines = vec![
         format!(
-            "{} of a guest of {}, {} tracking",
+            "{} of a guest of {}, {}",
             ms(report.duration_ms),
             pages(report.guest_pages as f64),
-            metered.tracking
+            way(&report, metered)
         ),
         format!(
             "{}/s dirtied, {} unique so far",
@@ -111,7 +111,7 @@ fn picture(measured: &Measurement, metered: &Metered, width: usize) -> Vec<Strin
     lines
 }
 
-fn heat(lines: &mut Vec<String>, measured: &Measurement, width: usize) {
+fn heat(lines: &mut Vec<String>, measured: &dyn Findings, width: usize) {
     let grid = Grid::of(measured, ROWS, width.saturating_sub(10).clamp(10, 160));
     lines.push("memory from its start to its end, the latest below:".into());
     let each = grid.seconds / grid.cells.len().max(1) as f64;
@@ -122,7 +122,7 @@ fn heat(lines: &mut Vec<String>, measured: &Measurement, width: usize) {
     }
 }
 
-fn writers(lines: &mut Vec<String>, measured: &Measurement, report: &Report, width: usize) {
+fn writers(lines: &mut Vec<String>, measured: &dyn Findings, report: &Report, width: usize) {
     let Some(window) = measured.latest() else {
         return;
     };

@@ -14,6 +14,7 @@ pub fn exposition(found: &Found<'_>) -> String {
     page.curve(found);
     page.harvests(found);
     page.blackouts(found);
+    page.sampling(found);
     page.forecast(found);
     page.0
 }
@@ -143,7 +144,9 @@ impl Page {
     }
 
     fn harvests(&mut self, found: &Found<'_>) {
-        let harvests = &found.report.harvests;
+        let Some(harvests) = &found.report.harvests else {
+            return;
+        };
         self.one(
             "counter",
             "harvests_total",
@@ -171,7 +174,9 @@ impl Page {
     }
 
     fn blackouts(&mut self, found: &Found<'_>) {
-        let blackouts = found.measured.blackouts();
+        let Some(blackouts) = found.measured.blackouts() else {
+            return;
+        };
         let name = "blackout_seconds";
         let help = "How long the guest stood still for each slot transaction since it began.";
         self.metric("histogram", name, help);
@@ -189,6 +194,46 @@ impl Page {
         for (part, times) in blackouts.parts() {
             self.sample(name, &[("part", &part)], times.total().as_secs_f64());
         }
+    }
+
+    fn sampling(&mut self, found: &Found<'_>) {
+        let report = &found.report;
+        let Some(sampling) = &report.sampling else {
+            return;
+        };
+        let between = |[low, high]: [f64; 2], likely| Bounds::new(low, likely, high);
+        self.bounds(
+            "mean_dirty_bytes_per_second",
+            "Bytes of different pages written a second, in the mean of all windows, with 95 % certainty.",
+            between(report.dirty_bytes_per_second_interval95, report.dirty_bytes_per_second),
+        );
+        let bytes = |pages: u64| bytes(pages);
+        self.bounds(
+            "unique_dirty_bytes_sampled",
+            "Bytes of pages written at least once since the meter began, with 95 % certainty.",
+            between(
+                report.unique_pages_interval95.map(bytes),
+                bytes(report.unique_pages),
+            ),
+        );
+        self.one(
+            "counter",
+            "sample_looks_total",
+            "Looks at sampled pages.",
+            sampling.looks as f64,
+        );
+        self.one(
+            "gauge",
+            "sample_cpu_ratio",
+            "CPU time of the meter over time, of one CPU.",
+            sampling.cpu_used,
+        );
+        self.one(
+            "gauge",
+            "sample_error_ratio",
+            "Standard error of the mean dirty rate over that rate; +Inf where nothing was seen to change.",
+            sampling.precision_reached.unwrap_or(f64::INFINITY),
+        );
     }
 
     fn forecast(&mut self, found: &Found<'_>) {

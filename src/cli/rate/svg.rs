@@ -6,7 +6,7 @@ use gleaner_migrate::units::{Bytes, Seconds};
 
 use super::Found;
 use super::grid::Grid;
-use super::text::{cost, course, ms, pages};
+use super::text::{cost, course, ms, pages, way};
 use crate::PAGE_SIZE;
 use crate::rate::CurvePoint;
 
@@ -75,11 +75,11 @@ impl Svg {
         let title = format!("{}/s dirtied", Bytes(report.dirty_bytes_per_second));
         self.text((40.0, 46.0), 26.0, INK, "font-weight=\"bold\"", &title);
         let what = format!(
-            "{} different of {}, in {}; {} tracking",
+            "{} different of {}, in {}; {}",
             pages(report.unique_pages as f64),
             pages(report.guest_pages as f64),
             ms(report.duration_ms),
-            found.metered.tracking
+            way(report, found.metered)
         );
         self.text((40.0, 68.0), 13.0, FAINT, "", &what);
         let mut y = 68.0;
@@ -127,11 +127,7 @@ impl Svg {
         let (Some(first), Some(last)) = (points.first(), points.last()) else {
             return;
         };
-        let top = points
-            .iter()
-            .map(|p| p.pages + 2.0 * p.deviation)
-            .fold(1.0, f64::max)
-            * 1.08;
+        let top = points.iter().map(|p| edge(p, 1.0)).fold(1.0, f64::max) * 1.08;
         let (from, to) = (
             first.ms.ln(),
             (last.ms * 1.0001).ln().max(first.ms.ln() + 0.7),
@@ -166,11 +162,8 @@ impl Svg {
                 free = across;
             }
         }
-        let edge = |sign: f64| {
-            let off = move |p: &CurvePoint| p.pages + sign * 2.0 * p.deviation;
-            points.iter().map(move |p| (at(p.ms), up(off(p))))
-        };
-        let band = edge(1.0).chain(edge(-1.0).rev());
+        let along = |sign: f64| points.iter().map(move |p| (at(p.ms), up(edge(p, sign))));
+        let band = along(1.0).chain(along(-1.0).rev());
         self.put(&format!(
             "<polygon points=\"{}\" fill=\"{BLUE}\" fill-opacity=\"0.18\"/>",
             joined(band)
@@ -204,7 +197,11 @@ impl Svg {
                 BLUE,
                 "stroke-width=\"2\"",
             );
-            self.text((x + 238.0, key), 11.0, FAINT, "", "mean, ± two deviations");
+            let what = match found.report.sampling {
+                Some(_) => "mean, ± deviations and error",
+                None => "mean, ± two deviations",
+            };
+            self.text((x + 238.0, key), 11.0, FAINT, "", what);
         }
         let line = joined(points.iter().map(|p| (at(p.ms), up(p.pages))));
         self.put(&format!(
@@ -335,6 +332,13 @@ impl Svg {
         }
         y
     }
+}
+
+/// Two deviations above the mean, or below; what a sample does not know is beside that.
+fn edge(point: &CurvePoint, sign: f64) -> f64 {
+    let [low, high] = point.interval95;
+    let unknown = if sign > 0.0 { high } else { low } - point.pages;
+    point.pages + sign * unknown.hypot(2.0 * point.deviation)
 }
 
 fn joined(points: impl Iterator<Item = (f64, f64)>) -> String {

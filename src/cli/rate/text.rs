@@ -5,7 +5,7 @@ use gleaner_migrate::units::{Bytes, Seconds};
 
 use super::Found;
 use crate::PAGE_SIZE;
-use crate::rate::{BlackoutsReport, HotRegion, Report, Verdict};
+use crate::rate::{BlackoutsReport, HotRegion, Metered, Report, Sampling, Verdict};
 
 /// All of it, some lines.
 pub fn told(found: &Found<'_>) -> String {
@@ -13,17 +13,25 @@ pub fn told(found: &Found<'_>) -> String {
     let windows = &report.windows;
     let rate = &windows.bytes_per_second;
     let mut lines = vec![format!(
-        "{}/s dirtied, deviation {}/s, in {} of {} ({} tracking, {} in all)",
+        "{}/s dirtied{}, deviation {}/s, in {} of {} ({}, {} in all)",
         Bytes(rate.mean),
+        interval(report, report.dirty_bytes_per_second_interval95, |n| {
+            format!("{}/s", Bytes(n))
+        }),
         Bytes(rate.deviation()),
         count(rate.samples, "window"),
         ms(windows.interval_ms.min(report.duration_ms)),
-        found.metered.tracking,
+        way(report, found.metered),
         ms(report.duration_ms),
     )];
     lines.push(format!(
-        "unique: {} pages, {} of {}{}",
+        "unique: {} pages{}, {} of {}{}",
         report.unique_pages,
+        interval(
+            report,
+            report.unique_pages_interval95.map(|n| n as f64),
+            |n| n.to_string()
+        ),
         pages(report.unique_pages as f64),
         pages(report.guest_pages as f64),
         match report.pages_written {
@@ -33,6 +41,9 @@ pub fn told(found: &Found<'_>) -> String {
     ));
     let curve = report.curve.iter().map(|point| {
         let off = match point.samples {
+            _ if report.sampling.is_some() => {
+                interval(report, point.interval95, |n| pages(n).to_string())
+            }
             1 => String::new(),
             _ => format!(" ±{}", pages(point.deviation)),
         };
@@ -47,13 +58,15 @@ pub fn told(found: &Found<'_>) -> String {
     let blocks = report.blocks.iter();
     let blocks = blocks.map(|b| format!("{} {}/s", b.name, Bytes(b.dirty_bytes_per_second)));
     lines.push(format!("blocks: {}", joined(blocks)));
-    lines.push(format!(
-        "hottest: {}",
-        joined(report.hottest.iter().take(4).map(hot))
-    ));
+    if report.sampling.is_none() {
+        let hottest = report.hottest.iter().take(4);
+        lines.push(format!("hottest: {}", joined(hottest.map(hot))));
+    }
     lines.push(cost(report));
-    if report.blackouts.count > 0 {
-        lines.push(stood_still(&report.blackouts));
+    if let Some(blackouts) = &report.blackouts
+        && blackouts.count > 0
+    {
+        lines.push(stood_still(blackouts));
     }
     if report.migrated_away {
         lines.push("the guest has migrated away: this is what it wrote before".into());
@@ -64,9 +77,28 @@ pub fn told(found: &Found<'_>) -> String {
     lines.join("\n")
 }
 
-/// What metering cost the guest.
+/// By what way it was found.
+pub fn way(report: &Report, metered: &Metered) -> String {
+    match report.sampling {
+        Some(_) => "sampled".into(),
+        None => format!("{} tracking", metered.tracking),
+    }
+}
+
+/// Where it is with 95 % certainty, where that is not known for sure.
+fn interval(report: &Report, [low, high]: [f64; 2], text: impl Fn(f64) -> String) -> String {
+    match report.sampling {
+        Some(_) => format!(" ({} to {})", text(low), text(high)),
+        None => String::new(),
+    }
+}
+
+/// What metering cost: the guest, or the host.
 pub fn cost(report: &Report) -> String {
-    let harvests = &report.harvests;
+    if let Some(sampling) = &report.sampling {
+        return sampled(sampling);
+    }
+    let harvests = report.harvests.unwrap_or_default();
     format!(
         "harvests: {}, {} each, the longest {}: the guest stalled for {:.1} % of the time at most",
         harvests.count,
@@ -91,6 +123,28 @@ fn stood_still(blackouts: &BlackoutsReport) -> String {
         ms(blackouts.total_ms),
         joined(parts.into_iter()),
         ms(blackouts.longest_ms)
+    )
+}
+
+fn sampled(sampling: &Sampling) -> String {
+    let asked = sampling.precision_asked * 100.0;
+    let precision = match sampling.precision_reached {
+        // What rounds to it.
+        Some(reached) if reached * 100.0 < asked + 0.05 => {
+            format!("standard error {:.1} %", reached * 100.0)
+        }
+        Some(reached) => format!(
+            "standard error {:.1} %, not the {asked} % asked for: more --cpu or --duration is needed",
+            reached * 100.0
+        ),
+        None => "no page was seen to change".into(),
+    };
+    format!(
+        "sample: {} looks at {} pages, {:.1} % of a CPU of the {} % allowed; {precision}; pages written with what they held are not seen",
+        sampling.looks,
+        sampling.sampled_pages,
+        sampling.cpu_used * 100.0,
+        sampling.cpu_asked * 100.0,
     )
 }
 
