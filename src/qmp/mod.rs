@@ -29,6 +29,7 @@ mod commands;
 mod limit;
 mod migration;
 mod monitor;
+mod outbox;
 mod rate;
 mod request;
 mod run;

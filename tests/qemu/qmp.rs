@@ -342,6 +342,23 @@ fn a_cancelled_migration_leaves_the_guest_running_and_the_next_one_arrives() {
 }
 
 #[test]
+fn a_client_may_ask_thousands_of_things_before_it_reads() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &[]);
+    let mut qmp = Qmp::connect(&path);
+    let ask = |n: u32| json!({"execute": "query-status", "id": n}).to_string();
+    let all: String = (0..4000).map(ask).collect();
+    qmp.write(&all);
+    for n in 0..4000 {
+        let answer = qmp.answer();
+        assert_eq!(answer["id"], n, "{answer}");
+    }
+}
+
+#[test]
 fn gleaners_own_stream_moves_the_guest_with_its_vcpus() {
     if !kvm() {
         return;
