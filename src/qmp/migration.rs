@@ -216,23 +216,24 @@ pub(super) fn migrate(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Ref
     if monitor.watch.state() == GuestState::Away {
         return Err("the guest has migrated away".into());
     }
-    let settings = lock(&monitor.settings).clone();
-    if settings.auto_converge() && lock(&monitor.limits).is_some() {
-        return Err("vCPUs have dirty limits: cancel them, or switch auto-converge off".into());
-    }
     let id = MigrationId::random().map_err(|error| error.to_string())?;
     let mut options = SenderOptions::new(id);
     options.name = concat!("gleaner ", env!("CARGO_PKG_VERSION")).into();
     options.format = format;
-    options.channels = settings.channels();
-    options.throttle = settings.throttle();
-    settings.tune(&options.tuning);
     follow(&mut options, monitor);
     {
+        // Both held, so that who changes either finds the migration under way, or was before it.
+        let settings = lock(&monitor.settings);
         let mut migration = lock(&monitor.migration);
         if migration.under_way().is_some() {
             return Err("a migration is under way already".into());
         }
+        if settings.auto_converge() && lock(&monitor.limits).is_some() {
+            return Err("vCPUs have dirty limits: cancel them, or switch auto-converge off".into());
+        }
+        options.channels = settings.channels();
+        options.throttle = settings.throttle();
+        settings.tune(&options.tuning);
         migration.0 = Some(Attempt {
             stage: Stage::Setup,
             began: Instant::now(),
