@@ -359,6 +359,27 @@ fn a_client_may_ask_thousands_of_things_before_it_reads() {
 }
 
 #[test]
+fn a_limit_that_is_raised_holds_for_what_waits_by_the_old_one() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &[]);
+    let mut qmp = Qmp::connect(&path);
+    let parameters = "migrate-set-parameters";
+    // The first frame would take an hour.
+    let slowly = json!({"max-bandwidth": 1, "downtime-limit": 10_000});
+    qmp.execute(parameters, &slowly);
+    qmp.migrate(&format!("file:{}", place.arg("image")));
+    until("a page is in the file, and the next one waits", || {
+        let image = std::fs::metadata(place.path("image")).ok();
+        image.filter(|image| image.len() > 4096)
+    });
+    qmp.execute(parameters, &json!({"max-bandwidth": 0}));
+    qmp.wait_status("completed");
+}
+
+#[test]
 fn gleaners_own_stream_moves_the_guest_with_its_vcpus() {
     if !kvm() {
         return;
