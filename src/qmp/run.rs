@@ -60,8 +60,9 @@ pub(super) fn stop(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusa
 
 pub(super) fn cont(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusal> {
     none(value)?;
-    let paused = lock(&monitor.paused).take();
-    match (paused, monitor.watch.state()) {
+    // Held, so that nobody stops a guest that is about to go on.
+    let mut paused = lock(&monitor.paused);
+    match (paused.take(), monitor.watch.state()) {
         (Some(pause), _) => pause.resume(),
         (None, GuestState::Running) => {}
         (None, GuestState::Stopped) => return Err(BY_A_MIGRATION.into()),
