@@ -228,7 +228,7 @@ pub(super) fn migrate(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Ref
         if migration.under_way().is_some() {
             return Err("a migration is under way already".into());
         }
-        if settings.auto_converge() && lock(&monitor.limits).is_some() {
+        if settings.auto_converge() && lock(&monitor.limits).hold() {
             return Err("vCPUs have dirty limits: cancel them, or switch auto-converge off".into());
         }
         options.channels = settings.channels();

@@ -29,7 +29,7 @@ pub(super) struct Monitor {
     pub(super) settings: Mutex<Settings>,
     pub(super) migration: Mutex<Migration>,
     pub(super) rate: Mutex<Rate>,
-    pub(super) limits: Mutex<Option<Limits>>,
+    pub(super) limits: Mutex<Limits>,
     pub(super) clients: Clients,
     /// A client has said quit.
     pub(super) quitting: CancelToken,
@@ -108,7 +108,7 @@ impl Monitor {
             let _ = thread.join();
         }
         // The guest goes on, at full speed.
-        drop(lock(&self.limits).take());
+        lock(&self.limits).lift();
         if let Some(pause) = lock(&self.paused).take() {
             pause.resume();
         }

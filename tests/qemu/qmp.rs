@@ -380,6 +380,32 @@ fn a_limit_that_is_raised_holds_for_what_waits_by_the_old_one() {
 }
 
 #[test]
+fn vcpus_are_throttled_by_a_migration_or_by_limits_but_not_by_both() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &["--tracking", "ring"]);
+    let mut qmp = Qmp::connect(&path);
+    qmp.can(&["auto-converge"]);
+    let slowly = json!({"max-bandwidth": 1 << 20, "downtime-limit": 0});
+    qmp.execute("migrate-set-parameters", &slowly);
+    let limit = json!({"dirty-rate": 1});
+    qmp.execute("set-vcpu-dirty-limit", &limit);
+    let file = format!("file:{}", place.arg("image"));
+    let (_, desc) = qmp.refused("migrate", &json!({"uri": file}));
+    assert!(desc.contains("dirty limits"), "{desc}");
+    qmp.execute("cancel-vcpu-dirty-limit", &json!({}));
+    qmp.migrate(&file);
+    let (_, desc) = qmp.refused("set-vcpu-dirty-limit", &limit);
+    assert!(desc.contains("auto-converge"), "{desc}");
+    qmp.execute("cancel-vcpu-dirty-limit", &json!({}));
+    qmp.execute("migrate_cancel", &json!({}));
+    qmp.wait_status("cancelled");
+    qmp.execute("set-vcpu-dirty-limit", &limit);
+}
+
+#[test]
 fn gleaners_own_stream_moves_the_guest_with_its_vcpus() {
     if !kvm() {
         return;
