@@ -183,6 +183,10 @@ fn destination(monitor: &Monitor, uri: &str) -> Result<(Address, Format), Refusa
     let address = uri
         .parse()
         .map_err(|e: gleaner_migrate::Error| e.to_string())?;
+    if let Address::Fd(_) = address {
+        // None but the VMM's own are there, the guest's memory among them.
+        return Err("'fd:' is not there: no descriptor can be passed by 'getfd'".into());
+    }
     Ok((address, format))
 }
 

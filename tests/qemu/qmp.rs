@@ -342,23 +342,6 @@ fn a_cancelled_migration_leaves_the_guest_running_and_the_next_one_arrives() {
 }
 
 #[test]
-fn a_client_may_ask_thousands_of_things_before_it_reads() {
-    if !kvm() {
-        return;
-    }
-    let place = Place::new();
-    let (_guest, path) = guest(&place, &[]);
-    let mut qmp = Qmp::connect(&path);
-    let ask = |n: u32| json!({"execute": "query-status", "id": n}).to_string();
-    let all: String = (0..4000).map(ask).collect();
-    qmp.write(&all);
-    for n in 0..4000 {
-        let answer = qmp.answer();
-        assert_eq!(answer["id"], n, "{answer}");
-    }
-}
-
-#[test]
 fn a_limit_that_is_raised_holds_for_what_waits_by_the_old_one() {
     if !kvm() {
         return;
@@ -406,6 +389,23 @@ fn vcpus_are_throttled_by_a_migration_or_by_limits_but_not_by_both() {
 }
 
 #[test]
+fn a_client_may_ask_thousands_of_things_before_it_reads() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &[]);
+    let mut qmp = Qmp::connect(&path);
+    let ask = |n: u32| json!({"execute": "query-status", "id": n}).to_string();
+    let all: String = (0..4000).map(ask).collect();
+    qmp.write(&all);
+    for n in 0..4000 {
+        let answer = qmp.answer();
+        assert_eq!(answer["id"], n, "{answer}");
+    }
+}
+
+#[test]
 fn gleaners_own_stream_moves_the_guest_with_its_vcpus() {
     if !kvm() {
         return;
@@ -440,6 +440,8 @@ fn what_is_asked_wrongly_is_refused_and_changes_nothing() {
             "GenericError",
             "rdma:x",
         ),
+        // A descriptor of the VMM's own, maybe the guest's memory.
+        ("migrate", json!({"uri": "fd:3"}), "GenericError", "fd:"),
         (
             "migrate",
             json!({"uri": "unix:/nowhere", "blk": true}),
