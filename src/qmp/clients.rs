@@ -1,5 +1,6 @@
 //! Clients of QMP: each with a thread that reads, and an outbox with a thread that writes.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -159,6 +160,7 @@ fn connection(mut stream: UnixStream, monitor: &Arc<Monitor>) -> io::Result<()> 
         monitor,
         number,
         outbox: Arc::clone(&outbox),
+        quits: Cell::new(false),
     };
     // Whoever ended the monitor may have looked before there was somebody to hang up on.
     if monitor.ended.is_cancelled() {
@@ -179,6 +181,8 @@ struct Entered<'a> {
     monitor: &'a Arc<Monitor>,
     number: u64,
     outbox: Arc<Outbox>,
+    /// It has said quit, and has no answer yet.
+    quits: Cell<bool>,
 }
 
 impl Drop for Entered<'_> {
@@ -210,7 +214,9 @@ impl Entered<'_> {
                 if self.outbox.wait_read() {
                     self.tell(self.answer(value));
                 }
-                run::quit_if_asked(self.monitor);
+                if self.quits.take() {
+                    run::quit(self.monitor);
+                }
             });
             if let Err(TooLong) = fed {
                 let refusal = format!("a command is longer than {LIMIT} bytes");
@@ -252,7 +258,10 @@ impl Entered<'_> {
             let text = "capabilities have to be negotiated first, with 'qmp_capabilities'";
             return Err(Refusal::no_command(text));
         }
-        commands::execute(self.monitor, request)
+        let quits = request.execute == commands::QUIT;
+        let answer = commands::execute(self.monitor, request)?;
+        self.quits.set(quits);
+        Ok(answer)
     }
 }
 
