@@ -27,6 +27,7 @@
 
 mod clients;
 mod commands;
+mod distinct;
 mod limit;
 mod migration;
 mod monitor;
