@@ -3,10 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use crate::{Address, Error, Result, Stream};
 #[cfg(feature = "tls")]
@@ -53,7 +56,8 @@ impl Connector {
         &self.address
     }
 
-    /// A new connection. A file is created with mode 0600 (guest memory is secret), or emptied. TCP takes at most 10 s
+    /// A new connection. A file is created with mode 0600 (guest memory is secret), or emptied; a device may stand
+    /// for it, a pipe may not. TCP takes at most 10 s
     /// for each address of the host, and the handshake of TLS as long again.
     ///
     /// # Errors
@@ -93,13 +97,29 @@ fn tcp(host: &str, port: u16) -> io::Result<Stream> {
     Err(last)
 }
 
+/// One that takes whatever is written to it: who writes to a pipe waits for its reader, and nothing calls that off.
 fn file(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
+    let pipe = || {
+        let text = "it is a pipe or a socket, and no file";
+        io::Error::new(io::ErrorKind::InvalidInput, text)
+    };
+    let opened = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(path)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path);
+    let file = match opened {
+        // A pipe that nobody reads, or a socket.
+        Err(cause) if Errno::from_io_error(&cause) == Some(Errno::NXIO) => return Err(pipe()),
+        opened => opened?,
+    };
+    let kind = file.metadata()?.file_type();
+    if kind.is_fifo() {
+        return Err(pipe());
+    }
+    Ok(file)
 }
 
 /// One connection to `address`: [`Connector::connect`] in short.
@@ -114,6 +134,7 @@ pub fn connect(address: &Address) -> Result<Stream> {
 mod tests {
     use std::os::fd::AsRawFd;
 
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
     use rustix::net::sockopt;
 
     use super::*;
@@ -145,6 +166,23 @@ mod tests {
         assert!(connect(&Address::File(path.clone())).unwrap().is_file());
         let mode = path.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o077, 0);
+    }
+
+    #[test]
+    fn a_pipe_is_no_file_whether_anybody_reads_it_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let (kind, mode) = (FileType::Fifo, Mode::RUSR | Mode::WUSR);
+        mknodat(CWD, &path, kind, mode, 0).unwrap();
+        let refused = || {
+            let error = connect(&Address::File(path.clone())).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains("it is a pipe"), "{text}");
+        };
+        refused();
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let _reader = rustix::fs::open(&path, flags, Mode::empty()).unwrap();
+        refused();
     }
 
     #[test]

@@ -60,26 +60,53 @@ impl Failure {
 /// A bandwidth limit, for all connections together.
 pub(crate) struct Pace {
     tuning: Tuning,
+    row: Mutex<Row>,
+}
+
+/// Who sends in turn, each not before the time of those before him is over.
+struct Row {
+    /// The limit that their time goes by.
+    limit: Option<u64>,
     /// Not before then is the next frame due.
-    due: Mutex<Instant>,
+    due: Instant,
+}
+
+/// A place in the row.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Place {
+    limit: u64,
+    due: Instant,
 }
 
 impl Pace {
     pub(crate) fn new(tuning: Tuning, now: Instant) -> Self {
+        let limit = tuning.bandwidth_limit();
         Self {
             tuning,
-            due: Mutex::new(now),
+            row: Mutex::new(Row { limit, due: now }),
         }
     }
 
-    /// Takes the next place in the row, for `bytes` bytes: when it is due, if it is not at once.
-    fn reserve(&self, now: Instant, bytes: u64) -> Option<Instant> {
-        let limit = self.tuning.bandwidth_limit()?;
-        let time = Duration::from_secs_f64(bytes as f64 / limit as f64);
-        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = (*due).max(now);
-        *due = slot + time;
-        Some(slot)
+    /// Takes the next place in the row, for `bytes` bytes. None where there is no limit.
+    fn reserve(&self, now: Instant, bytes: u64) -> Option<Place> {
+        let holds = self.tuning.bandwidth_limit();
+        let mut row = self.row.lock().unwrap_or_else(PoisonError::into_inner);
+        if row.limit != holds {
+            // Hours of a limit that holds no more are not sat out.
+            *row = Row {
+                limit: holds,
+                due: now,
+            };
+        }
+        let limit = holds?;
+        let due = row.due.max(now);
+        row.due = due + Duration::from_secs_f64(bytes as f64 / limit as f64);
+        Some(Place { limit, due })
+    }
+
+    /// Whether the limit that a place goes by is still the limit.
+    fn holds(&self, place: Place) -> bool {
+        self.tuning.bandwidth_limit() == Some(place.limit)
     }
 }
 
@@ -232,11 +259,19 @@ impl<C: Channel + ?Sized> Link<C> {
         if payload == 0 || self.limits.is_committed() {
             return Ok(());
         }
-        let now = self.limits.clock.now();
-        match self.limits.pace.reserve(now, payload) {
-            Some(due) if due > now => self.pause(due - now),
-            _ => Ok(()),
+        let reserve = |limits: &Limits| limits.pace.reserve(limits.clock.now(), payload);
+        let mut reserved = reserve(&self.limits);
+        while let Some(place) = reserved {
+            let left = self.limits.clock.until(place.due);
+            if left.is_zero() {
+                break;
+            }
+            self.pause(left.min(TICK))?;
+            if !self.limits.pace.holds(place) {
+                reserved = reserve(&self.limits);
+            }
         }
+        Ok(())
     }
 
     /// The next answer that has not been taken, if one comes within `wait`. A refusal is an error.
@@ -369,11 +404,32 @@ mod tests {
         let tuning = Tuning::default();
         tuning.limit_bandwidth(Some(1000));
         let pace = Pace::new(tuning, now);
-        let places: Vec<_> = [500, 250, 250].map(|n| pace.reserve(now, n)).to_vec();
+        let due = |now, bytes| pace.reserve(now, bytes).map(|place| place.due);
+        let places = [500, 250, 250].map(|bytes| due(now, bytes));
         let after = |ms| Some(now + Duration::from_millis(ms));
         assert_eq!(places, [after(0), after(500), after(750)]);
         // Time in which nothing was sent is not made up for.
         let later = now + Duration::from_secs(9);
-        assert_eq!(pace.reserve(later, 1), Some(later));
+        assert_eq!(due(later, 1), Some(later));
+    }
+
+    #[test]
+    fn what_waits_by_a_limit_that_holds_no_more_is_sent_by_the_one_that_holds() {
+        let now = Instant::now();
+        let tuning = Tuning::default();
+        tuning.limit_bandwidth(Some(1));
+        let pace = Pace::new(tuning.clone(), now);
+        let place = |bytes| pace.reserve(now, bytes);
+        place(1 << 40);
+        let waits = place(1000).unwrap();
+        assert!(waits.due > now && pace.holds(waits));
+        tuning.limit_bandwidth(Some(1000));
+        assert!(!pace.holds(waits));
+        let due = [1000, 1000].map(|bytes| place(bytes).map(|place| place.due));
+        assert_eq!(due, [Some(now), Some(now + Duration::from_secs(1))]);
+        tuning.limit_bandwidth(None);
+        assert_eq!(place(1), None);
+        tuning.limit_bandwidth(Some(1000));
+        assert_eq!(place(1).map(|place| place.due), Some(now));
     }
 }

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// The command's options.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example: gleaner guest --control /tmp/g.sock --ram 1G --workload hot:64M --churn 100\n\nAfter the guest has migrated away it stays stopped, its RAM file untouched. Ctrl-C ends it.\n\nWith QMP: gleaner guest --control /tmp/g.sock --qmp unix:/tmp/g.qmp --tracking ring"
+    after_help = "Example: gleaner guest --control /tmp/g.sock --ram 1G --workload hot:64M --churn 100\n\nAfter the guest has migrated away it stays stopped, its RAM file untouched. Ctrl-C ends it; a second one at once.\n\nWith QMP: gleaner guest --control /tmp/g.sock --qmp unix:/tmp/g.qmp --tracking ring"
 )]
 pub struct Guest {
     /// Socket of the service.

@@ -14,6 +14,7 @@ mod progress;
 mod rate;
 mod receive;
 mod send;
+mod signals;
 mod trace;
 mod units;
 

@@ -9,6 +9,7 @@ use gleaner_migrate::{
     ThrottleGoal,
 };
 
+pub use super::signals::cancel_on_signal;
 use super::trace::Trace;
 use super::{progress, units};
 use crate::Tracking;
@@ -265,10 +266,4 @@ impl MigrationOptions {
         progress::follow(&mut options, trace.cloned());
         options
     }
-}
-
-/// Lets Ctrl-C, SIGTERM and SIGHUP call `cancel` off.
-pub fn cancel_on_signal(cancel: &CancelToken) -> Result<(), ctrlc::Error> {
-    let cancel = cancel.clone();
-    ctrlc::set_handler(move || cancel.cancel())
 }

@@ -1,18 +1,19 @@
 //! Clients of QMP: each with a thread that reads, and an outbox with a thread that writes.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use gleaner_migrate::{Listener, Stream};
 use serde_json::{Value, json};
 
 use super::commands;
 use super::monitor::{Monitor, lock};
+use super::outbox::{self, Outbox, PATIENCE};
 use super::request::{Refusal, Request};
 use super::run;
 use super::values::{LIMIT, TooLong, Values};
@@ -20,15 +21,11 @@ use crate::service::stranger;
 
 /// Clients at a time.
 const MOST: usize = 16;
-/// Lines that may wait for a client to read them.
-const WAITING: usize = 1024;
-/// How long a client may let a line wait that its socket has no room for.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two tries to accept a connection.
 const RETRY: Duration = Duration::from_millis(50);
 
 /// All clients. An event goes to those that have negotiated; nobody waits for one that does not read: when its outbox is
-/// full it is hung up on.
+/// full it is hung up on. What it asks waits until it has read what it asked before.
 #[derive(Debug, Default)]
 pub(super) struct Clients(Mutex<Connected>);
 
@@ -40,19 +37,16 @@ struct Connected {
 
 #[derive(Debug)]
 struct Client {
-    outbox: SyncSender<Value>,
+    outbox: Arc<Outbox>,
     stream: UnixStream,
     negotiated: bool,
 }
 
 impl Client {
-    fn tell(&self, message: Value) {
-        match self.outbox.try_send(message) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => {}
-            Err(TrySendError::Full(_)) => {
-                tracing::warn!("a QMP client that does not read is hung up on");
-                let _ = self.stream.shutdown(Shutdown::Both);
-            }
+    fn tell(&self, line: Arc<[u8]>) {
+        if !self.outbox.push(line) {
+            tracing::warn!("a QMP client that does not read is hung up on");
+            let _ = self.stream.shutdown(Shutdown::Both);
         }
     }
 }
@@ -69,35 +63,37 @@ impl Clients {
         if let Some(data) = data {
             event["data"] = data;
         }
+        let event = line(&event);
         let connected = lock(&self.0);
         for client in connected.clients.values().filter(|c| c.negotiated) {
-            client.tell(event.clone());
+            client.tell(Arc::clone(&event));
         }
     }
 
-    /// Hears no client any more. What was said to each still goes out.
+    /// Hears no client any more. What was said to each still goes out, if it reads that soon.
     pub(super) fn hang_up(&self) {
         for client in lock(&self.0).clients.values() {
+            client.outbox.hang_up();
             let _ = client.stream.shutdown(Shutdown::Read);
         }
     }
 
     /// Takes a client in: its number, and what is to be written to it.
-    fn enter(&self, stream: UnixStream) -> Option<(u64, Receiver<Value>)> {
+    fn enter(&self, stream: UnixStream) -> Option<(u64, Arc<Outbox>)> {
         let mut connected = lock(&self.0);
         if connected.clients.len() >= MOST {
             return None;
         }
-        let (outbox, lines) = sync_channel(WAITING);
+        let outbox = Arc::<Outbox>::default();
         let number = connected.next;
         connected.next += 1;
         let client = Client {
-            outbox,
+            outbox: Arc::clone(&outbox),
             stream,
             negotiated: false,
         };
         connected.clients.insert(number, client);
-        Some((number, lines))
+        Some((number, outbox))
     }
 
     fn leave(&self, number: u64) {
@@ -106,7 +102,7 @@ impl Clients {
 
     fn tell(&self, number: u64, message: Value) {
         if let Some(client) = lock(&self.0).clients.get(&number) {
-            client.tell(message);
+            client.tell(line(&message));
         }
     }
 
@@ -149,33 +145,32 @@ pub(super) fn serve(listener: &Listener, monitor: &Arc<Monitor>) {
 }
 
 fn connection(mut stream: UnixStream, monitor: &Arc<Monitor>) -> io::Result<()> {
-    stream.set_write_timeout(Some(PATIENCE))?;
-    if let Some(refusal) = stranger(&stream)? {
-        return write(&mut stream, &Refusal::from(refusal).answer());
-    }
-    let Some((number, lines)) = monitor.clients.enter(stream.try_clone()?) else {
-        let refusal = format!("{MOST} clients are connected already: end one of them");
-        return write(&mut stream, &Refusal::from(refusal).answer());
+    let refuse = |refusal: String| {
+        let refusal = line(&Refusal::from(refusal).answer());
+        outbox::write(&stream, &refusal, Instant::now() + PATIENCE)
     };
-    let entered = Entered { monitor, number };
+    if let Some(refusal) = stranger(&stream)? {
+        return refuse(refusal);
+    }
+    let Some((number, outbox)) = monitor.clients.enter(stream.try_clone()?) else {
+        let refusal = format!("{MOST} clients are connected already: end one of them");
+        return refuse(refusal);
+    };
+    let entered = Entered {
+        monitor,
+        number,
+        outbox: Arc::clone(&outbox),
+        quits: Cell::new(false),
+    };
     // Whoever ended the monitor may have looked before there was somebody to hang up on.
     if monitor.ended.is_cancelled() {
         return Ok(());
     }
-    let mut out = stream.try_clone()?;
+    let out = stream.try_clone()?;
     std::thread::scope(|scope| {
-        let writing = move || {
-            for line in lines {
-                if write(&mut out, &line).is_err() {
-                    break;
-                }
-            }
-            // What could not be written any more is for nobody to read.
-            let _ = out.shutdown(Shutdown::Both);
-        };
-        std::thread::Builder::new().spawn_scoped(scope, writing)?;
+        std::thread::Builder::new().spawn_scoped(scope, move || outbox.write(&out))?;
         let read = entered.read(&mut stream);
-        // With its outbox goes the thread that writes it.
+        // With it ends the thread that writes.
         drop(entered);
         read
     })
@@ -185,11 +180,15 @@ fn connection(mut stream: UnixStream, monitor: &Arc<Monitor>) -> io::Result<()> 
 struct Entered<'a> {
     monitor: &'a Arc<Monitor>,
     number: u64,
+    outbox: Arc<Outbox>,
+    /// It has said quit, and has no answer yet.
+    quits: Cell<bool>,
 }
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
         self.monitor.clients.leave(self.number);
+        self.outbox.complete();
     }
 }
 
@@ -211,8 +210,13 @@ impl Entered<'_> {
                 Err(error) => return Err(error),
             };
             let fed = values.feed(&bytes[..got], |value| {
-                self.tell(self.answer(value));
-                run::quit_if_asked(self.monitor);
+                // One that is not read any more has nothing to ask.
+                if self.outbox.wait_read() {
+                    self.tell(self.answer(value));
+                }
+                if self.quits.take() {
+                    run::quit(self.monitor);
+                }
             });
             if let Err(TooLong) = fed {
                 let refusal = format!("a command is longer than {LIMIT} bytes");
@@ -254,10 +258,14 @@ impl Entered<'_> {
             let text = "capabilities have to be negotiated first, with 'qmp_capabilities'";
             return Err(Refusal::no_command(text));
         }
-        commands::execute(self.monitor, request)
+        let quits = request.execute == commands::QUIT;
+        let answer = commands::execute(self.monitor, request)?;
+        self.quits.set(quits);
+        Ok(answer)
     }
 }
 
-fn write(to: &mut UnixStream, message: &Value) -> io::Result<()> {
-    to.write_all(format!("{message}\r\n").as_bytes())
+/// A message as it goes over the socket.
+fn line(message: &Value) -> Arc<[u8]> {
+    format!("{message}\r\n").into_bytes().into()
 }

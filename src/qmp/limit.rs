@@ -19,15 +19,33 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Pages of a MiB, which limits are told in.
 const MIB: u64 = (1 << 20) / PAGE_SIZE;
 
-/// Limits that hold.
+/// Limits, and who watches them.
+#[derive(Default)]
 pub(super) struct Limits {
+    held: Option<Held>,
+    /// A thread harvests for them. It ends at its next look when none hold, and serves those that hold by then.
+    watched: bool,
+}
+
+impl Limits {
+    /// Whether some hold.
+    pub(super) const fn hold(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// All vCPUs may write as fast as they can.
+    pub(super) fn lift(&mut self) {
+        self.held = None;
+    }
+}
+
+/// Limits that hold.
+struct Held {
     /// MiB a second, by vCPU.
     rates: BTreeMap<u64, NonZeroU64>,
     /// What each vCPU came to in the latest second, in bytes.
     current: BTreeMap<u64, f64>,
     throttling: Throttling,
-    /// What the thread that watches these limits knows them by.
-    watched: Arc<()>,
     /// As long as there is one, pages are logged.
     _consumer: Consumer,
 }
@@ -83,37 +101,42 @@ fn change(
     asked: &Arguments,
     rate: Option<NonZeroU64>,
 ) -> Result<Value, Refusal> {
+    let settings = lock(&monitor.settings);
+    // Held, so that none begins meanwhile.
+    let migration = lock(&monitor.migration);
+    if rate.is_some() && settings.auto_converge() && migration.under_way().is_some() {
+        return Err("a migration with auto-converge throttles vCPUs: wait for its end".into());
+    }
     let mut limits = lock(&monitor.limits);
     // Before the vCPUs are looked for, which are not known without rings.
     if monitor.tracker.throttles() != gleaner_migrate::Throttles::Writers {
         return Err(Error::NoWriters.into());
     }
-    let mut rates = limits
-        .as_ref()
-        .map_or_else(BTreeMap::new, |l| l.rates.clone());
+    let held = limits.held.as_ref();
+    let mut rates = held.map_or_else(BTreeMap::new, |held| held.rates.clone());
     for vcpu in asked.vcpus(monitor)? {
         match rate {
             Some(rate) => rates.insert(vcpu, rate),
             None => rates.remove(&vcpu),
         };
     }
-    match &mut *limits {
-        _ if rates.is_empty() => *limits = None,
-        Some(limits) => {
-            limits.throttling.set_limits(in_pages(&rates))?;
-            limits.rates = rates;
+    match &mut limits.held {
+        _ if rates.is_empty() => limits.lift(),
+        Some(held) => {
+            held.throttling.set_limits(in_pages(&rates))?;
+            held.rates = rates;
         }
         None => {
             let consumer = monitor.tracker.consumer(Start::Empty)?;
             let throttling = monitor.tracker.limit(in_pages(&rates))?;
-            let watched = Arc::new(());
-            let these = Arc::clone(&watched);
-            monitor.spawn("qmp-dirty-limit", move |monitor| watch(monitor, &these))?;
-            *limits = Some(Limits {
+            if !limits.watched {
+                monitor.spawn("qmp-dirty-limit", watch)?;
+                limits.watched = true;
+            }
+            limits.held = Some(Held {
                 rates,
                 current: BTreeMap::new(),
                 throttling,
-                watched,
                 _consumer: consumer,
             });
         }
@@ -121,17 +144,21 @@ fn change(
     Ok(json!({}))
 }
 
-/// Harvests every second while these limits hold, and notes what each vCPU has come to.
-fn watch(monitor: &Arc<Monitor>, these: &Arc<()>) {
+/// Harvests every second while limits hold, and notes what each vCPU has come to.
+fn watch(monitor: &Arc<Monitor>) {
     let mut since = Instant::now();
     let mut before: BTreeMap<_, _> = monitor.tracker.dirtied_by_vcpus().into_iter().collect();
     while !monitor.sleep_until(since + PERIOD) {
+        {
+            let mut limits = lock(&monitor.limits);
+            if !limits.hold() {
+                limits.watched = false;
+                return;
+            }
+        }
         if let Err(error) = monitor.tracker.harvest() {
             tracing::warn!(%error, "dirty limits: what was dirtied can't be told");
         }
-        let mut limits = lock(&monitor.limits);
-        let limits = limits.as_mut().filter(|l| Arc::ptr_eq(&l.watched, these));
-        let Some(limits) = limits else { return };
         let time = since.elapsed();
         since += time;
         let now: BTreeMap<_, _> = monitor.tracker.dirtied_by_vcpus().into_iter().collect();
@@ -139,7 +166,9 @@ fn watch(monitor: &Arc<Monitor>, these: &Arc<()>) {
             let before = before.get(vcpu).copied().unwrap_or(*now);
             (*vcpu, bytes_per_second(now.saturating_sub(before), time))
         });
-        limits.current = each.collect();
+        if let Some(held) = &mut lock(&monitor.limits).held {
+            held.current = each.collect();
+        }
         before = now;
     }
 }
@@ -147,14 +176,14 @@ fn watch(monitor: &Arc<Monitor>, these: &Arc<()>) {
 pub(super) fn query(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusal> {
     super::commands::none(value)?;
     let limits = lock(&monitor.limits);
-    let Some(limits) = &*limits else {
+    let Some(held) = &limits.held else {
         return Ok(json!([]));
     };
     let of = |(vcpu, rate): (&u64, &NonZeroU64)| {
-        let current = limits.current.get(vcpu).copied().unwrap_or_default();
+        let current = held.current.get(vcpu).copied().unwrap_or_default();
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a rate of memory
         let current = (current / f64::from(1 << 20)).round() as u64;
         json!({"cpu-index": vcpu, "limit-rate": rate, "current-rate": current})
     };
-    Ok(limits.rates.iter().map(of).collect())
+    Ok(held.rates.iter().map(of).collect())
 }

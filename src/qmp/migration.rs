@@ -80,6 +80,22 @@ pub(super) struct Sent {
     pub(super) throttle_percent: Option<u8>,
 }
 
+impl Attempt {
+    /// It has got so far, if that is news: it does not go back, and what is over stays so.
+    fn becomes(&mut self, stage: Stage) -> Option<Stage> {
+        let before = self.stage;
+        let back = stage == Stage::Active && before != Stage::Setup;
+        if before == stage || before.is_over() || back {
+            return None;
+        }
+        if before == Stage::Setup {
+            self.setup_ms = self.began.elapsed().as_secs_f64() * 1e3;
+        }
+        self.stage = stage;
+        Some(stage)
+    }
+}
+
 impl Migration {
     pub(super) const fn latest(&self) -> Option<&Attempt> {
         self.0.as_ref()
@@ -121,22 +137,17 @@ impl Monitor {
         }
     }
 
-    /// The migration has got so far; it does not go back.
+    /// The migration has got so far.
     fn becomes(&self, stage: Stage) {
         let events = lock(&self.settings).events;
-        let mut migration = lock(&self.migration);
-        let Some(attempt) = &mut migration.0 else {
-            return;
-        };
-        let before = attempt.stage;
-        if before == stage || (stage == Stage::Active && before != Stage::Setup) {
-            return;
+        if let Some(attempt) = &mut lock(&self.migration).0 {
+            self.tell(attempt.becomes(stage).filter(|_| events));
         }
-        if before == Stage::Setup {
-            attempt.setup_ms = attempt.began.elapsed().as_secs_f64() * 1e3;
-        }
-        attempt.stage = stage;
-        if events {
+    }
+
+    /// Tells that a migration has got so far, if that is to be told.
+    fn tell(&self, news: Option<Stage>) {
+        if let Some(stage) = news {
             let data = json!({"status": stage});
             self.clients.event("MIGRATION", Some(data));
         }
@@ -172,6 +183,10 @@ fn destination(monitor: &Monitor, uri: &str) -> Result<(Address, Format), Refusa
     let address = uri
         .parse()
         .map_err(|e: gleaner_migrate::Error| e.to_string())?;
+    if let Address::Fd(_) = address {
+        // None but the VMM's own are there, the guest's memory among them.
+        return Err("'fd:' is not there: no descriptor can be passed by 'getfd'".into());
+    }
     Ok((address, format))
 }
 
@@ -205,23 +220,24 @@ pub(super) fn migrate(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Ref
     if monitor.watch.state() == GuestState::Away {
         return Err("the guest has migrated away".into());
     }
-    let settings = lock(&monitor.settings).clone();
-    if settings.auto_converge() && lock(&monitor.limits).is_some() {
-        return Err("vCPUs have dirty limits: cancel them, or switch auto-converge off".into());
-    }
     let id = MigrationId::random().map_err(|error| error.to_string())?;
     let mut options = SenderOptions::new(id);
     options.name = concat!("gleaner ", env!("CARGO_PKG_VERSION")).into();
     options.format = format;
-    options.channels = settings.channels();
-    options.throttle = settings.throttle();
-    settings.tune(&options.tuning);
     follow(&mut options, monitor);
     {
+        // Both held, so that who changes either finds the migration under way, or was before it.
+        let settings = lock(&monitor.settings);
         let mut migration = lock(&monitor.migration);
         if migration.under_way().is_some() {
             return Err("a migration is under way already".into());
         }
+        if settings.auto_converge() && lock(&monitor.limits).hold() {
+            return Err("vCPUs have dirty limits: cancel them, or switch auto-converge off".into());
+        }
+        options.channels = settings.channels();
+        options.throttle = settings.throttle();
+        settings.tune(&options.tuning);
         migration.0 = Some(Attempt {
             stage: Stage::Setup,
             began: Instant::now(),
@@ -288,10 +304,50 @@ impl Sent {
 
 pub(super) fn cancel(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusal> {
     none(value)?;
-    let under_way = lock(&monitor.migration).under_way().is_some();
-    if under_way {
-        monitor.becomes(Stage::Cancelling);
-        lock(&monitor.migration).cancel();
+    let events = lock(&monitor.settings).events;
+    // Held, so that nothing ends in between: what is over is not called off any more.
+    let mut migration = lock(&monitor.migration);
+    if let Some(attempt) = migration
+        .0
+        .as_mut()
+        .filter(|attempt| !attempt.stage.is_over())
+    {
+        monitor.tell(attempt.becomes(Stage::Cancelling).filter(|_| events));
+        attempt.cancel.cancel();
     }
     Ok(json!({}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Stage; 6] = [
+        Stage::Setup,
+        Stage::Active,
+        Stage::Cancelling,
+        Stage::Cancelled,
+        Stage::Completed,
+        Stage::Failed,
+    ];
+
+    #[test]
+    fn a_migration_that_is_over_stays_so_whoever_calls_it_off() {
+        for over in ALL.into_iter().filter(|stage| stage.is_over()) {
+            for stage in ALL {
+                let mut attempt = Attempt {
+                    stage: over,
+                    began: Instant::now(),
+                    setup_ms: 0.0,
+                    sent: Sent::default(),
+                    multifd: false,
+                    report: None,
+                    cancel: CancelToken::new(),
+                    tuning: Tuning::default(),
+                };
+                assert_eq!(attempt.becomes(stage), None, "{over:?} to {stage:?}");
+                assert_eq!(attempt.stage, over);
+            }
+        }
+    }
 }

@@ -13,9 +13,10 @@
 //! taken too. It is the subset that migration and dirty-rate tools use. What differs:
 //!
 //! * Several clients are served at once, and each gets all events.
-//! * `migrate` takes QEMU's URIs `tcp:`, `unix:`, `file:` and `fd:`, and writes QEMU's stream: memory, without the state of
+//! * `migrate` takes QEMU's URIs `tcp:`, `unix:` and `file:`, and writes QEMU's stream: memory, without the state of
 //!   devices and vCPUs. `gleaner:` before one of them writes Gleaner's own, for a [`Receiver`](crate::migrate::Receiver)
-//!   that goes on with the guest.
+//!   that goes on with the guest. There is no `getfd`, and so no `fd:`.
+//! * `set-vcpu-dirty-limit` is refused during a migration with `auto-converge`, as that is with dirty limits: both throttle.
 //! * A guest that has migrated away does not go on here, whatever `cont` asks for: there would be two of it. Nor does one
 //!   that may run elsewhere: its migration is `failed`, and `error-desc` says that it is in doubt.
 //! * `max-bandwidth` is 0, no limit, unless it is set; `return-path` is on where the destination can answer.
@@ -26,9 +27,11 @@
 
 mod clients;
 mod commands;
+mod distinct;
 mod limit;
 mod migration;
 mod monitor;
+mod outbox;
 mod rate;
 mod request;
 mod run;

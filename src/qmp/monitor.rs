@@ -1,6 +1,7 @@
 //! What the commands of all clients share.
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -29,10 +30,10 @@ pub(super) struct Monitor {
     pub(super) settings: Mutex<Settings>,
     pub(super) migration: Mutex<Migration>,
     pub(super) rate: Mutex<Rate>,
-    pub(super) limits: Mutex<Option<Limits>>,
+    pub(super) limits: Mutex<Limits>,
     pub(super) clients: Clients,
     /// A client has said quit.
-    pub(super) quitting: CancelToken,
+    pub(super) quitting: AtomicBool,
     pub(super) ended: CancelToken,
     /// Wakes who sleeps here.
     ending: (Mutex<bool>, Condvar),
@@ -62,7 +63,7 @@ impl Monitor {
             rate: Mutex::default(),
             limits: Mutex::default(),
             clients: Clients::default(),
-            quitting: CancelToken::new(),
+            quitting: AtomicBool::new(false),
             ended: CancelToken::new(),
             ending: (Mutex::default(), Condvar::new()),
             threads: Mutex::default(),
@@ -108,7 +109,7 @@ impl Monitor {
             let _ = thread.join();
         }
         // The guest goes on, at full speed.
-        drop(lock(&self.limits).take());
+        lock(&self.limits).lift();
         if let Some(pause) = lock(&self.paused).take() {
             pause.resume();
         }

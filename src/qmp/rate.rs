@@ -127,8 +127,9 @@ pub(super) fn calc(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusa
     if let Rate::Measuring(_) = *rate {
         return Err("a dirty rate is being measured already".into());
     }
-    let measure = Measure::begin(&monitor.tracker, &ask)?;
+    let begun = Measure::begin(&monitor.tracker, &ask)?;
     monitor.spawn("qmp-dirty-rate", move |monitor| {
+        let measure = begun.unwrap_or_else(|| Measure::sample(&monitor.tracker, &ask));
         if monitor.sleep_until(measure.start() + ask.time) {
             return;
         }
@@ -159,22 +160,28 @@ enum Measure {
 }
 
 impl Measure {
-    fn begin(tracker: &Tracker, ask: &Ask) -> crate::Result<Self> {
+    /// None where samples have to be taken, which takes longer than an answer may.
+    fn begin(tracker: &Tracker, ask: &Ask) -> crate::Result<Option<Self>> {
         if ask.how == How::PageSampling {
-            let samples = Samples::take(tracker, ask.samples);
-            let since = Instant::now();
-            return Ok(Self::Sampled { since, samples });
+            return Ok(None);
         }
         let consumer = tracker.consumer(Start::Empty)?;
         let each = match ask.how {
             How::DirtyRing => tracker.dirtied_by_vcpus(),
             How::DirtyBitmap | How::PageSampling => Vec::new(),
         };
-        Ok(Self::Logged {
+        Ok(Some(Self::Logged {
             since: Instant::now(),
             consumer,
             vcpus: each.into_iter().collect(),
-        })
+        }))
+    }
+
+    fn sample(tracker: &Tracker, ask: &Ask) -> Self {
+        Self::Sampled {
+            samples: Samples::take(tracker, ask.samples),
+            since: Instant::now(),
+        }
     }
 
     const fn start(&self) -> Instant {

@@ -1,6 +1,7 @@
 //! Whether the guest runs.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
@@ -60,8 +61,9 @@ pub(super) fn stop(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusa
 
 pub(super) fn cont(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusal> {
     none(value)?;
-    let paused = lock(&monitor.paused).take();
-    match (paused, monitor.watch.state()) {
+    // Held, so that nobody stops a guest that is about to go on.
+    let mut paused = lock(&monitor.paused);
+    match (paused.take(), monitor.watch.state()) {
         (Some(pause), _) => pause.resume(),
         (None, GuestState::Running) => {}
         (None, GuestState::Stopped) => return Err(BY_A_MIGRATION.into()),
@@ -70,15 +72,10 @@ pub(super) fn cont(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusa
     Ok(json!({}))
 }
 
-pub(super) fn quit(monitor: &Arc<Monitor>, value: Value) -> Result<Value, Refusal> {
-    none(value)?;
-    monitor.quitting.cancel();
-    Ok(json!({}))
-}
-
-/// Ends the VMM if a client said so, which has its answer by now.
-pub(super) fn quit_if_asked(monitor: &Monitor) {
-    if monitor.quitting.is_cancelled() && !monitor.options.quit.is_cancelled() {
+/// Ends the VMM, for a client that has the answer to its `quit` by now. Whoever else says quit says nothing new.
+pub(super) fn quit(monitor: &Monitor) {
+    let first = !monitor.quitting.swap(true, Ordering::Relaxed);
+    if first && !monitor.options.quit.is_cancelled() {
         let data = json!({"guest": false, "reason": "host-qmp-quit"});
         monitor.clients.event("SHUTDOWN", Some(data));
         monitor.options.quit.cancel();

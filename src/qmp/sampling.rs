@@ -1,6 +1,7 @@
 //! Pages that are looked at twice.
 
-use gleaner_bitmap::PAGE_SIZE;
+use gleaner_bitmap::{PAGE_SIZE, PageRange};
+use gleaner_migrate::PageMemory;
 use vm_memory::{VolatileMemory, VolatileSlice};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -58,6 +59,46 @@ fn hash(block: &Block, page: u64) -> Option<u64> {
     let at = usize::try_from(page * PAGE_SIZE).ok()?;
     let memory: VolatileSlice<'_, _> = block.memory().as_volatile_slice();
     let mut contents = [0u8; PAGE];
-    memory.subslice(at, PAGE).ok()?.copy_to(&mut contents);
+    // Whoever reads a hole makes it a page.
+    if block
+        .data(PageRange {
+            first: page,
+            pages: 1,
+        })
+        .is_some()
+    {
+        memory.subslice(at, PAGE).ok()?.copy_to(&mut contents);
+    }
     Some(xxh3_64(&contents))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // helpers are not known to be tests
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_hole_is_a_page_of_zeros_and_stays_a_hole() {
+        let block = Block::memfd("ram", 64 * PAGE_SIZE).unwrap();
+        let allocated = || {
+            block
+                .shared_backing()
+                .unwrap()
+                .0
+                .metadata()
+                .unwrap()
+                .blocks()
+        };
+        let hole = hash(&block, 5);
+        assert_eq!(hole, Some(xxh3_64(&[0; PAGE])));
+        assert_eq!(allocated(), 0);
+        let memory = block.memory().as_volatile_slice();
+        let page = memory.subslice(5 * PAGE, PAGE).unwrap();
+        page.copy_from(&[7u8; PAGE]);
+        assert_ne!(hash(&block, 5), hole);
+        page.copy_from(&[0u8; PAGE]);
+        assert_eq!(hash(&block, 5), hole);
+    }
 }

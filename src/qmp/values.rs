@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::distinct::Distinct;
+
 /// Longest value in bytes.
 pub(super) const LIMIT: usize = 1 << 20;
 
@@ -36,6 +38,7 @@ impl Values {
             }
             if self.ends(byte) {
                 let value = serde_json::from_slice(&self.value);
+                let value = value.map(|Distinct(value)| value);
                 each(value.map_err(|error| format!("no JSON: {error}")));
                 *self = Self::default();
                 // What ended something outside of any object begins the next.

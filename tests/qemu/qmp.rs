@@ -342,6 +342,70 @@ fn a_cancelled_migration_leaves_the_guest_running_and_the_next_one_arrives() {
 }
 
 #[test]
+fn a_limit_that_is_raised_holds_for_what_waits_by_the_old_one() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &[]);
+    let mut qmp = Qmp::connect(&path);
+    let parameters = "migrate-set-parameters";
+    // The first frame would take an hour.
+    let slowly = json!({"max-bandwidth": 1, "downtime-limit": 10_000});
+    qmp.execute(parameters, &slowly);
+    qmp.migrate(&format!("file:{}", place.arg("image")));
+    until("a page is in the file, and the next one waits", || {
+        let image = std::fs::metadata(place.path("image")).ok();
+        image.filter(|image| image.len() > 4096)
+    });
+    qmp.execute(parameters, &json!({"max-bandwidth": 0}));
+    qmp.wait_status("completed");
+}
+
+#[test]
+fn vcpus_are_throttled_by_a_migration_or_by_limits_but_not_by_both() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &["--tracking", "ring"]);
+    let mut qmp = Qmp::connect(&path);
+    qmp.can(&["auto-converge"]);
+    let slowly = json!({"max-bandwidth": 1 << 20, "downtime-limit": 0});
+    qmp.execute("migrate-set-parameters", &slowly);
+    let limit = json!({"dirty-rate": 1});
+    qmp.execute("set-vcpu-dirty-limit", &limit);
+    let file = format!("file:{}", place.arg("image"));
+    let (_, desc) = qmp.refused("migrate", &json!({"uri": file}));
+    assert!(desc.contains("dirty limits"), "{desc}");
+    qmp.execute("cancel-vcpu-dirty-limit", &json!({}));
+    qmp.migrate(&file);
+    let (_, desc) = qmp.refused("set-vcpu-dirty-limit", &limit);
+    assert!(desc.contains("auto-converge"), "{desc}");
+    qmp.execute("cancel-vcpu-dirty-limit", &json!({}));
+    qmp.execute("migrate_cancel", &json!({}));
+    qmp.wait_status("cancelled");
+    qmp.execute("set-vcpu-dirty-limit", &limit);
+}
+
+#[test]
+fn a_client_may_ask_thousands_of_things_before_it_reads() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let (_guest, path) = guest(&place, &[]);
+    let mut qmp = Qmp::connect(&path);
+    let ask = |n: u32| json!({"execute": "query-status", "id": n}).to_string();
+    let all: String = (0..4000).map(ask).collect();
+    qmp.write(&all);
+    for n in 0..4000 {
+        let answer = qmp.answer();
+        assert_eq!(answer["id"], n, "{answer}");
+    }
+}
+
+#[test]
 fn gleaners_own_stream_moves_the_guest_with_its_vcpus() {
     if !kvm() {
         return;
@@ -376,6 +440,8 @@ fn what_is_asked_wrongly_is_refused_and_changes_nothing() {
             "GenericError",
             "rdma:x",
         ),
+        // A descriptor of the VMM's own, maybe the guest's memory.
+        ("migrate", json!({"uri": "fd:3"}), "GenericError", "fd:"),
         (
             "migrate",
             json!({"uri": "unix:/nowhere", "blk": true}),
