@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use gleaner_bitmap::{Collected, Layout, PAGE_SIZE, Runs, Slot};
+use gleaner_bitmap::{Collected, Layout, PAGE_SIZE, PageRange, Slot};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
@@ -111,13 +111,11 @@ impl<B: VhostBackend> VhostLog<B> {
             };
             if word.load(Ordering::Relaxed) & mask != 0 {
                 let bits = u64::from_le(word.fetch_and(!mask.to_le(), Ordering::AcqRel)) & mask;
-                for run in Runs::new(&[bits], 0, 64) {
-                    let at = slot.range.first + (page / 64 * 64 + run.first - first);
-                    into.mark_range(slot.block, gleaner_bitmap::PageRange::new(at, run.pages))
-                        .inspect_err(|_| {
-                            word.fetch_or(bits.to_le(), Ordering::Release);
-                        })?;
-                }
+                let pages = PageRange::new(slot.range.first + (page - first), here);
+                into.or_block(slot.block, pages, &[bits >> (page % 64)])
+                    .inspect_err(|_| {
+                        word.fetch_or(bits.to_le(), Ordering::Release);
+                    })?;
             }
             page += here;
         }
