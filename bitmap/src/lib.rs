@@ -20,6 +20,7 @@
 mod atomic_bitmap;
 mod bits;
 mod block;
+mod coverage;
 mod edges;
 mod error;
 mod isa;
