@@ -31,6 +31,17 @@ impl Scope<'_> {
             Self::Slots(keys) => keys.binary_search(&key).is_ok(),
         }
     }
+
+    /// The slots of a layout that have to be covered. Of a few slots the cost follows those.
+    pub fn slots<'a>(self, layout: &'a Layout) -> Box<dyn Iterator<Item = &'a Slot> + 'a>
+    where
+        Self: 'a,
+    {
+        match self {
+            Self::All => Box::new(layout.slots()),
+            Self::Slots(keys) => Box::new(keys.iter().filter_map(|key| layout.slot(*key))),
+        }
+    }
 }
 
 /// How re-arming went.
