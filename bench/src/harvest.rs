@@ -5,19 +5,17 @@
 //! its reaper, which would empty the rings in between.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use gleaner::{PAGE_SIZE, Start, Tracking};
 use gleaner_bitmap::{
     BlockInfo, DirtySource, DirtyStore, Harvester, Layout, PageRange, Scope, Slot, SlotKey,
 };
-use gleaner_ring::{
-    BitmapSource, Capabilities, Kvm, Mode, Region, Reset, RingSource, StockKvm, VcpuIdentity,
-};
+use gleaner_ring::{BitmapSource, Kvm, Mode, RingSource, VcpuIdentity};
 
 use crate::row::{Aim, Row};
 use crate::sample::{Spread, ns, time};
+use crate::timed::TimedKvm;
 use crate::vm::{BareVm, MODES, RunningVcpu, SLOT, TrackedVm};
 use crate::{Plan, Result};
 
@@ -29,60 +27,6 @@ const AIM_PERCENT: f64 = 10.0;
 const AIM_TRACKER_PERCENT: f64 = 20.0;
 /// Bytes of the slot.
 const RAM: u64 = 1 << 30;
-
-/// KVM's memory calls, with their time kept.
-struct TimedKvm {
-    kvm: Arc<StockKvm>,
-    nanos: AtomicU64,
-}
-
-impl TimedKvm {
-    fn timed<T>(&self, call: impl FnOnce(&StockKvm) -> T) -> T {
-        let (took, value) = time(|| call(&self.kvm));
-        self.nanos
-            .fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
-        value
-    }
-}
-
-impl Kvm for TimedKvm {
-    fn capabilities(&self) -> Capabilities {
-        self.kvm.capabilities()
-    }
-
-    fn enable(&self, mode: Mode) -> gleaner_ring::Result<()> {
-        self.kvm.enable(mode)
-    }
-
-    fn set_region(&self, what: &'static str, region: &Region) -> gleaner_ring::Result<()> {
-        self.timed(|kvm| kvm.set_region(what, region))
-    }
-
-    fn delete_region(&self, key: SlotKey) -> gleaner_ring::Result<()> {
-        self.timed(|kvm| kvm.delete_region(key))
-    }
-
-    fn get_dirty_log(&self, key: SlotKey, words: &mut [u64]) -> gleaner_ring::Result<()> {
-        self.timed(|kvm| kvm.get_dirty_log(key, words))
-    }
-
-    fn clear_dirty_log(
-        &self,
-        key: SlotKey,
-        range: PageRange,
-        words: &[u64],
-    ) -> gleaner_ring::Result<()> {
-        self.timed(|kvm| kvm.clear_dirty_log(key, range, words))
-    }
-
-    fn reset_dirty_rings(&self) -> gleaner_ring::Result<Reset> {
-        self.timed(StockKvm::reset_dirty_rings)
-    }
-
-    fn set_manual_protect(&self, on: bool, initially_set: bool) -> gleaner_ring::Result<()> {
-        self.timed(|kvm| kvm.set_manual_protect(on, initially_set))
-    }
-}
 
 /// One harvest.
 struct Harvested {
@@ -116,10 +60,7 @@ fn sources(name: String, tracking: Tracking, pages: u64, plan: &Plan) -> Result<
     let vcpus = if ring { pages.div_ceil(50_000) } else { 1 };
     let batch = u32::try_from(pages / vcpus)?;
     let mut vm = BareVm::new(tracking, RAM, 0, usize::try_from(vcpus)?, batch)?;
-    let kvm = Arc::new(TimedKvm {
-        kvm: Arc::clone(&vm.kvm),
-        nanos: AtomicU64::new(0),
-    });
+    let kvm = TimedKvm::new(Arc::clone(&vm.kvm) as Arc<dyn Kvm>);
     let mut source: Box<dyn DirtySource> = match vm.mode {
         Mode::Ring { .. } => {
             let mut source = RingSource::new(Arc::clone(&kvm) as Arc<dyn Kvm>);
@@ -144,7 +85,7 @@ fn sources(name: String, tracking: Tracking, pages: u64, plan: &Plan) -> Result<
     let mut samples = Vec::new();
     for _ in 0..plan.pick(11, 2) {
         vm.run_for(1)?;
-        kvm.nanos.store(0, Ordering::Relaxed);
+        kvm.take_ns();
         let (took, report) = time(|| {
             harvester.harvest(
                 [&mut *source as &mut dyn DirtySource],
@@ -167,7 +108,7 @@ fn sources(name: String, tracking: Tracking, pages: u64, plan: &Plan) -> Result<
         samples.push(Harvested {
             pages: found as f64,
             total_ns: ns(took),
-            kvm_ns: kvm.nanos.load(Ordering::Relaxed) as f64,
+            kvm_ns: kvm.take_ns(),
         });
     }
     samples.remove(0);

@@ -13,11 +13,15 @@ mod gate;
 mod harvest;
 mod kernels;
 mod qemu;
+mod ring;
 mod row;
 mod sample;
+mod scale;
 mod slowdown;
+mod timed;
 mod vm;
 mod wire;
+mod writes;
 
 use std::process::ExitCode;
 
@@ -37,8 +41,8 @@ pub type Result<T> = std::result::Result<T, Error>;
     after_help = "Example: gleaner-bench blackout wire --json"
 )]
 struct Options {
-    /// Topics, or the beginnings of rows' names: gate, kernels, harvest, blackout, slowdown, wire, qemu, downtime. All
-    /// unless given.
+    /// Topics, or the beginnings of rows' names: scale, kernels, writes, ring, gate, harvest, blackout, slowdown, wire, qemu,
+    /// downtime. All unless given.
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Print one JSON object on standard output.
@@ -97,8 +101,12 @@ impl Plan {
 type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
 
 /// Topics, whether they need KVM, and what measures them.
-const TOPICS: [Topic; 8] = [
+const TOPICS: [Topic; 11] = [
+    // First, before others leave free memory behind: it measures the process.
+    ("scale", false, scale::rows),
     ("kernels", false, kernels::rows),
+    ("writes", false, writes::rows),
+    ("ring", false, ring::rows),
     ("gate", true, gate::rows),
     ("harvest", true, harvest::rows),
     ("blackout", true, blackout::rows),

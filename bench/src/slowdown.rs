@@ -112,7 +112,7 @@ impl Subject {
     fn tracked(tracking: Option<Tracking>, slot: u64, hot: u64, batch: u32) -> Result<Self> {
         let vm = match tracking {
             Some(tracking) => TrackedVm::new(tracking, slot, hot, batch)?,
-            None => TrackedVm::unlogged(Tracking::Bitmap, slot, hot, batch)?,
+            None => TrackedVm::unlogged(Tracking::Bitmap, slot, hot, 1, batch)?,
         };
         let (parts, tracker) = (Arc::clone(&vm.parts), vm.tracker.clone());
         let writer = Writer::spawn(move || {

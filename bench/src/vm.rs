@@ -93,14 +93,31 @@ pub struct TrackedVm {
 impl TrackedVm {
     /// See [`Parts::new`]; `hot` of 0 sweeps.
     pub fn new(tracking: Tracking, slot: u64, hot: u64, batch: u32) -> Result<Self> {
-        let mut vm = Self::unlogged(tracking, slot, hot, batch)?;
+        Self::with_vcpus(tracking, slot, hot, 1, batch)
+    }
+
+    /// As [`TrackedVm::new`], with several vCPUs.
+    pub fn with_vcpus(
+        tracking: Tracking,
+        slot: u64,
+        hot: u64,
+        vcpus: usize,
+        batch: u32,
+    ) -> Result<Self> {
+        let mut vm = Self::unlogged(tracking, slot, hot, vcpus, batch)?;
         vm.consumer = Some(vm.tracker.consumer(Start::Empty)?);
         Ok(vm)
     }
 
     /// The same, and nobody wants to know what it writes.
-    pub fn unlogged(tracking: Tracking, slot: u64, hot: u64, batch: u32) -> Result<Self> {
-        let parts = Parts::new(slot, (hot > 0).then_some(hot), 1, batch)?;
+    pub fn unlogged(
+        tracking: Tracking,
+        slot: u64,
+        hot: u64,
+        vcpus: usize,
+        batch: u32,
+    ) -> Result<Self> {
+        let parts = Parts::new(slot, (hot > 0).then_some(hot), vcpus, batch)?;
         let tracker = Tracker::builder(Arc::clone(&parts.vm))
             .tracking(tracking)
             .build()?;
@@ -143,16 +160,21 @@ pub struct RunningVcpu {
 
 impl RunningVcpu {
     pub fn spawn(vm: &TrackedVm) -> Result<Self> {
+        Self::spawn_nth(vm, 0)
+    }
+
+    /// As [`RunningVcpu::spawn`], of several.
+    pub fn spawn_nth(vm: &TrackedVm, index: usize) -> Result<Self> {
         let board = Arc::new(Board::default());
         let (shared, parts, tracker) = (
             Arc::clone(&board),
             Arc::clone(&vm.parts),
             vm.tracker.clone(),
         );
-        let vcpu = parts.vcpu(0)?;
+        let vcpu = parts.vcpu(index)?;
         let thread = std::thread::spawn(move || {
             let ended = tracker
-                .register(&vcpu, 0)
+                .register(&vcpu, index as u64)
                 .map_err(Into::into)
                 .and_then(|seat| run(&parts, seat, vcpu, &shared));
             let mut state = shared.lock();
@@ -180,6 +202,11 @@ impl RunningVcpu {
             std::thread::yield_now();
         }
         Ok(())
+    }
+
+    /// Batches that it has finished.
+    pub fn batches(&self) -> u64 {
+        self.board.batches.load(Ordering::Relaxed)
     }
 
     /// Lets it stand still outside `KVM_RUN`.

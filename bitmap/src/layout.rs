@@ -1,10 +1,12 @@
 //! All memory slots at one moment, and how one moment becomes the next.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 use serde::{Deserialize, Serialize};
 
+use crate::coverage::Coverage;
 use crate::{BlockId, BlockInfo, Error, PAGE_SIZE, PageRange, Result, Slot, SlotKey};
 
 /// Stamps a layout. Grows by one with each transaction; a dirty bit is interpreted by the layout it was recorded under.
@@ -25,13 +27,45 @@ const GPA_END: u64 = 1 << 52;
 /// All slots and RAM blocks at one moment.
 ///
 /// Invariants: slots do not overlap within an address space, lie inside their blocks and below the slot limit; block
-/// names are unique.
+/// names are unique. Names, places and coverage say of blocks and slots what these say themselves.
+///
+/// Copies share what is the same in them. So a change costs by what it changes and by the depth of a tree (the logarithm
+/// of the number of slots), and so does finding out what changed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Layout {
     generation: Generation,
     slot_limit: u32,
-    blocks: BTreeMap<BlockId, BlockInfo>,
-    slots: BTreeMap<SlotKey, Slot>,
+    blocks: OrdMap<BlockId, BlockInfo>,
+    names: OrdMap<String, BlockId>,
+    slots: OrdMap<SlotKey, Slot>,
+    /// Where slots begin, and where each ends.
+    places: OrdMap<Place, u64>,
+    coverage: Coverage,
+}
+
+/// Where a slot begins: address space, guest-physical address. The key tells slots apart that overlap while a layout is
+/// in the making.
+type Place = (u16, u64, SlotKey);
+
+const fn place(slot: &Slot) -> Place {
+    (slot.key.address_space, slot.gpa, slot.key)
+}
+
+/// What was and what is, of something that two layouts do not have alike. One of both is there.
+type Change<'a, T> = (Option<&'a T>, Option<&'a T>);
+
+fn changes<'a, K: Ord, T: PartialEq>(
+    old: &'a OrdMap<K, T>,
+    new: &'a OrdMap<K, T>,
+) -> impl Iterator<Item = Change<'a, T>> {
+    old.diff(new).map(|item| match item {
+        DiffItem::Add(_, is) => (None, Some(is)),
+        DiffItem::Update {
+            old: (_, was),
+            new: (_, is),
+        } => (Some(was), Some(is)),
+        DiffItem::Remove(_, was) => (Some(was), None),
+    })
 }
 
 impl Layout {
@@ -41,8 +75,11 @@ impl Layout {
         Self {
             generation: Generation::default(),
             slot_limit,
-            blocks: BTreeMap::new(),
-            slots: BTreeMap::new(),
+            blocks: OrdMap::new(),
+            names: OrdMap::new(),
+            slots: OrdMap::new(),
+            places: OrdMap::new(),
+            coverage: Coverage::default(),
         }
     }
 
@@ -98,21 +135,58 @@ impl Layout {
     /// The block of a name.
     #[must_use]
     pub fn block_named(&self, name: &str) -> Option<&BlockInfo> {
-        self.blocks.values().find(|b| b.name == name)
+        self.names.get(name).and_then(|id| self.blocks.get(id))
     }
 
     /// The slot that maps a guest-physical address in address space 0.
     #[must_use]
     pub fn slot_at(&self, gpa: u64) -> Option<&Slot> {
-        self.slots
-            .values()
-            .find(|s| s.key.address_space == 0 && (s.gpa..s.gpa_end()).contains(&gpa))
+        let last = SlotKey {
+            address_space: u16::MAX,
+            id: u16::MAX,
+        };
+        let (&(address_space, _, key), &end) = self.places.get_prev(&(0, gpa, last))?;
+        (address_space == 0 && gpa < end).then(|| self.slots.get(&key))?
+    }
+
+    /// The slots that `next` does not have as they are here, in order of their keys: what each was, and what it is there.
+    pub fn slot_changes<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = Change<'a, Slot>> {
+        changes(&self.slots, &next.slots)
+    }
+
+    /// The blocks that `next` does not have as they are here, as with [`Layout::slot_changes`].
+    pub fn block_changes<'a>(
+        &'a self,
+        next: &'a Self,
+    ) -> impl Iterator<Item = Change<'a, BlockInfo>> {
+        changes(&self.blocks, &next.blocks)
+    }
+
+    /// The pages of `range` that some slot maps, sorted, none twice.
+    #[must_use]
+    pub fn mapped(&self, block: BlockId, range: PageRange) -> Vec<PageRange> {
+        self.coverage.within(block, range)
+    }
+
+    fn put(&mut self, slot: Slot) {
+        self.places.insert(place(&slot), slot.gpa_end());
+        self.coverage.add(slot.block, slot.range);
+        self.slots.insert(slot.key, slot);
+    }
+
+    fn take(&mut self, key: SlotKey) -> Option<Slot> {
+        let slot = self.slots.remove(&key)?;
+        self.places.remove(&place(&slot));
+        self.coverage.remove(slot.block, slot.range);
+        Some(slot)
     }
 
     /// Starts a change. The layout itself stays as it is.
     #[must_use]
     pub fn edit(&self) -> LayoutEditor {
         LayoutEditor {
+            base: self.slots.clone(),
+            removed: Vec::new(),
             next: Self {
                 generation: Generation(self.generation.0 + 1),
                 ..self.clone()
@@ -125,6 +199,10 @@ impl Layout {
 /// removed but mapped) is checked by [`LayoutEditor::finish`], so that slots may swap places in any order of steps.
 #[derive(Debug)]
 pub struct LayoutEditor {
+    /// The slots that it came from, which do not overlap.
+    base: OrdMap<SlotKey, Slot>,
+    /// Blocks that were removed.
+    removed: Vec<BlockId>,
     next: Layout,
 }
 
@@ -147,6 +225,7 @@ impl LayoutEditor {
         if taken || self.next.blocks.contains_key(&info.id) {
             return Err(Error::BlockNameTaken { name: info.name });
         }
+        self.next.names.insert(info.name.clone(), info.id);
         self.next.blocks.insert(info.id, info);
         Ok(())
     }
@@ -156,10 +235,11 @@ impl LayoutEditor {
     /// # Errors
     /// [`Error::UnknownBlock`].
     pub fn remove_block(&mut self, block: BlockId) -> Result<()> {
-        match self.next.blocks.remove(&block) {
-            Some(_) => Ok(()),
-            None => Err(Error::UnknownBlock { block }),
-        }
+        let info = self.next.blocks.remove(&block);
+        let info = info.ok_or(Error::UnknownBlock { block })?;
+        self.next.names.remove(&info.name);
+        self.removed.push(block);
+        Ok(())
     }
 
     /// Adds a slot.
@@ -203,7 +283,7 @@ impl LayoutEditor {
                 pages: slot.range.pages,
             });
         }
-        self.next.slots.insert(key, slot);
+        self.next.put(slot);
         Ok(())
     }
 
@@ -212,22 +292,21 @@ impl LayoutEditor {
     /// # Errors
     /// [`Error::UnknownSlot`].
     pub fn delete(&mut self, key: SlotKey) -> Result<Slot> {
-        self.next
-            .slots
-            .remove(&key)
-            .ok_or(Error::UnknownSlot { slot: key })
+        self.next.take(key).ok_or(Error::UnknownSlot { slot: key })
     }
 
     /// Removes all slots.
     pub fn clear_slots(&mut self) {
-        self.next.slots.clear();
+        self.next.slots = OrdMap::new();
+        self.next.places = OrdMap::new();
+        self.next.coverage = Coverage::default();
     }
 
     /// Replaces a slot by a changed one of the same key, or leaves everything as it was.
     fn replace(&mut self, old: Slot, new: Slot) -> Result<()> {
         self.delete(old.key)?;
         self.create(new).inspect_err(|_| {
-            self.next.slots.insert(old.key, old);
+            self.next.put(old);
         })
     }
 
@@ -321,7 +400,7 @@ impl LayoutEditor {
         self.resize(lower, a.range.pages + b.range.pages)
             .inspect_err(|_| {
                 // Their block was removed, say.
-                self.next.slots.insert(upper, b);
+                self.next.put(b);
             })
     }
 
@@ -330,26 +409,40 @@ impl LayoutEditor {
     /// # Errors
     /// [`Error::Overlap`], [`Error::BlockInUse`].
     pub fn finish(self) -> Result<Layout> {
-        let mut order: Vec<&Slot> = self.next.slots.values().collect();
-        order.sort_unstable_by_key(|s| (s.key.address_space, s.gpa));
-        for pair in order.windows(2) {
-            if pair[0].overlaps(pair[1]) {
-                return Err(Error::Overlap {
-                    slot: pair[1].key,
-                    gpa: pair[1].gpa,
-                    end: pair[1].gpa_end(),
-                    other: pair[0].key,
-                });
-            }
+        let next = &self.next;
+        // Where any two overlap, two that follow each other do, and one of these was not there before.
+        let changed = changes(&self.base, &next.slots).filter_map(|(_, is)| is);
+        let overlap = changed.flat_map(|slot| {
+            let here = place(slot);
+            let before = next.places.range(..here).next_back();
+            let after = next.places.range(here..).nth(1);
+            let slots = [before, Some((&here, &slot.gpa_end())), after]
+                .map(|found| found.map(|(place, &end)| (*place, end)));
+            [(slots[0], slots[1]), (slots[1], slots[2])]
+        });
+        let overlap = overlap
+            .filter_map(|(lower, upper)| Some((upper?, lower?)))
+            .filter(|((upper, _), (lower, end))| upper.0 == lower.0 && upper.1 < *end)
+            .min();
+        if let Some((((_, gpa, slot), end), ((.., other), _))) = overlap {
+            return Err(Error::Overlap {
+                slot,
+                gpa,
+                end,
+                other,
+            });
         }
-        let mut seen = BTreeSet::new();
-        for slot in self.next.slots.values() {
-            if seen.insert(slot.block) && !self.next.blocks.contains_key(&slot.block) {
-                return Err(Error::BlockInUse {
-                    block: slot.block,
-                    slot: slot.key,
-                });
-            }
+        let gone = |block: &BlockId| !next.blocks.contains_key(block);
+        if self
+            .removed
+            .iter()
+            .any(|block| gone(block) && next.coverage.has(*block))
+            && let Some(slot) = next.slots.values().find(|slot| gone(&slot.block))
+        {
+            return Err(Error::BlockInUse {
+                block: slot.block,
+                slot: slot.key,
+            });
         }
         Ok(self.next)
     }

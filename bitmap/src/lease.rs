@@ -86,7 +86,7 @@ impl Drop for Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BlockId, PageBitmap, PageRange, Start};
+    use crate::{BlockId, PageRange, Start};
 
     fn store() -> Arc<DirtyStore> {
         let store = Arc::new(DirtyStore::default());
@@ -96,10 +96,10 @@ mod tests {
     }
 
     fn publish(store: &DirtyStore, block: u64, page: u64) {
-        let mut bits = PageBitmap::new(if block == 0 { 100 } else { 70 });
-        bits.set(page);
-        let all = PageRange::new(0, bits.pages());
-        store.publish(BlockId(block), &bits, &[all]);
+        let page = PageRange::new(page, 1);
+        store.publish(BlockId(block), |sets| {
+            sets.iter_mut().for_each(|set| set.insert(page))
+        });
     }
 
     #[test]
@@ -142,18 +142,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_dirty_in_a_row_is_one_extent_however_far_a_search_goes_at_once() {
+    fn what_is_dirty_in_a_row_is_one_extent_through_all_chunks() {
         let store = Arc::new(DirtyStore::default());
         store.add_block(BlockId(0), 20_000);
         let consumer = store.consumer(Start::AllDirty);
         consumer.lease(5000).unwrap().ack();
         let held = consumer.lease(100).unwrap();
         consumer.lease(20_000).unwrap().ack();
-        let mut bits = PageBitmap::new(20_000);
         let all = PageRange::new(0, 20_000);
-        bits.set_range(all);
-        store.publish(BlockId(0), &bits, &[all]);
-        // As many pages as it is about to take are searched, then, for those on lease, some more.
+        store.publish(BlockId(0), |sets| {
+            sets.iter_mut().for_each(|set| set.insert(all))
+        });
         let lease = consumer.lease(6000).unwrap();
         assert_eq!(
             lease.extents(),

@@ -13,12 +13,14 @@
 //! * [`PageBitmap`], [`Runs`]: bits by words; one kernel, [`or_bits`], serves every shift.
 //! * [`WriteLog`]: the VMM's own writes, as a `vm_memory::bitmap::Bitmap`.
 //! * [`DirtySource`], [`Harvester`]: collect, re-arm, publish, in this order and in no other.
-//! * [`DirtyStore`], [`Consumer`], [`Lease`]: the bits by (block, page), a set for each consumer.
+//! * [`DirtyStore`], [`Consumer`], [`Lease`]: the bits by (block, page), a set for each consumer, in chunks that take no
+//!   memory while they are all clean or all dirty.
 //! * [`RemapPlan`]: where the dirty pages of one layout are in the next one.
 
 mod atomic_bitmap;
 mod bits;
 mod block;
+mod coverage;
 mod edges;
 mod error;
 mod isa;
@@ -28,6 +30,7 @@ mod lease;
 pub mod mutant;
 mod page;
 mod page_bitmap;
+mod page_set;
 mod primitive;
 mod remap;
 mod runs;

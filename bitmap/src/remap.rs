@@ -16,7 +16,7 @@ pub struct RemapPlan {
     created: Vec<Slot>,
     /// Pages that slots showed which no longer exist in this form, by block, disjoint and sorted.
     left: BTreeMap<BlockId, Vec<PageRange>>,
-    /// Of the blocks in `left`: all pages that the new layout maps, disjoint and sorted.
+    /// Of the pages in `left`: those that the new layout maps, disjoint and sorted.
     mapped: BTreeMap<BlockId, Vec<PageRange>>,
     retired: Vec<BlockId>,
 }
@@ -53,26 +53,23 @@ impl RemapPlan {
     /// The plan from `old` to `new`.
     #[must_use]
     pub fn between(old: &Layout, new: &Layout) -> Self {
-        let created = new
-            .slots()
-            .filter(|s| old.slot(s.key) != Some(s))
-            .copied()
-            .collect();
+        let mut created = Vec::new();
         let mut left: BTreeMap<BlockId, Vec<PageRange>> = BTreeMap::new();
-        for slot in old.slots().filter(|s| new.slot(s.key) != Some(s)) {
-            left.entry(slot.block).or_default().push(slot.range);
+        for (was, is) in old.slot_changes(new) {
+            created.extend(is.copied());
+            if let Some(slot) = was {
+                left.entry(slot.block).or_default().push(slot.range);
+            }
         }
         let mut mapped: BTreeMap<BlockId, Vec<PageRange>> = BTreeMap::new();
-        for slot in new.slots().filter(|s| left.contains_key(&s.block)) {
-            mapped.entry(slot.block).or_default().push(slot.range);
-        }
-        for ranges in left.values_mut().chain(mapped.values_mut()) {
+        for (&block, ranges) in &mut left {
             *ranges = union(std::mem::take(ranges));
+            let still = ranges.iter().flat_map(|range| new.mapped(block, *range));
+            mapped.insert(block, still.collect());
         }
         let retired = old
-            .blocks()
-            .filter(|b| new.block(b.id).is_none())
-            .map(|b| b.id)
+            .block_changes(new)
+            .filter_map(|(was, is)| is.is_none().then_some(was?.id))
             .collect();
         Self {
             created,

@@ -8,8 +8,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::bits::next_set;
+use crate::bits::{masked_words, next_set};
 use crate::mutant::{self, Mutant};
+use crate::page_set::{CHUNK, PageSet, WORDS, ones_of};
 use crate::{BlockId, DirtyStore, Error, Layout, PageBitmap, PageRange, Result, Slot, SlotKey};
 
 /// What a harvest has to cover.
@@ -28,6 +29,17 @@ impl Scope<'_> {
         match self {
             Self::All => true,
             Self::Slots(keys) => keys.binary_search(&key).is_ok(),
+        }
+    }
+
+    /// The slots of a layout that have to be covered. Of a few slots the cost follows those.
+    pub fn slots<'a>(self, layout: &'a Layout) -> Box<dyn Iterator<Item = &'a Slot> + 'a>
+    where
+        Self: 'a,
+    {
+        match self {
+            Self::All => Box::new(layout.slots()),
+            Self::Slots(keys) => Box::new(keys.iter().filter_map(|key| layout.slot(*key))),
         }
     }
 }
@@ -87,29 +99,66 @@ pub struct Collected {
     blocks: BTreeMap<BlockId, Staging>,
 }
 
-/// Pages whose bits are published and cleared together: 16 MiB of guest memory, 512 bytes of bits.
-const CHUNK: u64 = 4096;
-
-/// Bits of one block, and which of its chunks may have some: a harvest's cost follows those, not the block's size.
+/// Bits of one block, and which of its words may have some: a harvest's cost follows those, not the block's size.
+///
+/// Invariant: a word with a bit has its own bit in the mask of its chunk, and a chunk whose mask is not 0 is in `touched`,
+/// once.
 #[derive(Debug)]
 struct Staging {
     bits: PageBitmap,
-    /// A bit for each chunk.
-    touched: PageBitmap,
+    /// For each chunk, a bit for each of its words.
+    masks: Vec<u64>,
+    /// Chunks, in the order in which they were touched first.
+    touched: Vec<usize>,
 }
 
 impl Staging {
+    #[allow(clippy::cast_possible_truncation)] // chunks of a bitmap in memory
     fn new(pages: u64) -> Self {
         Self {
             bits: PageBitmap::new(pages),
-            touched: PageBitmap::new(pages.div_ceil(CHUNK)),
+            masks: vec![0; pages.div_ceil(CHUNK) as usize],
+            touched: Vec::new(),
         }
     }
 
+    fn touch_words(&mut self, chunk: usize, which: u64) {
+        let mask = &mut self.masks[chunk];
+        if *mask == 0 {
+            self.touched.push(chunk);
+        }
+        *mask |= which;
+    }
+
     fn touch(&mut self, range: PageRange) {
-        let first = range.first / CHUNK;
-        let end = range.end().div_ceil(CHUNK);
-        self.touched.set_range(PageRange::new(first, end - first));
+        // The masks of all chunks are a bitmap of words.
+        let first = range.first / 64;
+        let words = range.end().div_ceil(64) - first;
+        masked_words(first, words, |chunk, which| self.touch_words(chunk, which));
+    }
+
+    #[allow(clippy::cast_possible_truncation)] // chunks of a bitmap in memory
+    fn mark(&mut self, page: u64) {
+        self.bits.set(page);
+        self.touch_words((page / CHUNK) as usize, 1 << (page / 64 % WORDS as u64));
+    }
+
+    /// Marks single pages. Those of a word that come one after the other are marked at once.
+    fn mark_all(&mut self, pages: &[u64]) {
+        for pages in pages.chunk_by(|a, b| a / 64 == b / 64) {
+            match pages {
+                [page] => self.mark(*page),
+                [first, ..] => {
+                    let bits = pages.iter().fold(0, |bits, page| bits | 1 << (page % 64));
+                    let first = first / 64 * 64;
+                    let whole = PageRange::new(first, 64.min(self.bits.pages() - first));
+                    let fits = self.bits.or_words_at(whole, &[bits], 0);
+                    debug_assert!(fits.is_ok(), "a word of the block");
+                    self.touch(whole);
+                }
+                [] => {}
+            }
+        }
     }
 
     /// ORs `words` into `range`, chunks without a bit left out.
@@ -136,16 +185,31 @@ impl Staging {
         Ok(())
     }
 
-    /// The touched chunks, those that follow each other as one range.
-    fn touched(&self) -> Vec<PageRange> {
-        self.touched
-            .runs()
-            .map(|run| {
-                let first = run.first * CHUNK;
-                PageRange::new(first, (run.end() * CHUNK).min(self.bits.pages()) - first)
-            })
-            .collect()
+    /// Puts all marked pages into sets, and has none afterwards. Returns how many there were. A chunk at a time, so that its
+    /// words come into the cache once.
+    fn publish(&mut self, sets: &mut [&mut PageSet]) -> u64 {
+        let mut published = 0;
+        for &chunk in &self.touched {
+            let which = self.masks[chunk];
+            for set in &mut *sets {
+                set.insert_words(chunk, which, self.bits.words());
+            }
+            for word in words_of(chunk, which) {
+                published += u64::from(self.bits.words()[word].count_ones());
+                let first = word as u64 * 64;
+                let pages = 64.min(self.bits.pages() - first);
+                self.bits.clear_range(PageRange::new(first, pages));
+            }
+            self.masks[chunk] = 0;
+        }
+        self.touched.clear();
+        published
     }
+}
+
+/// The words of a chunk that are in its mask, by their index.
+fn words_of(chunk: usize, which: u64) -> impl Iterator<Item = usize> {
+    ones_of(which).map(move |i| chunk * WORDS + i)
 }
 
 impl Collected {
@@ -216,10 +280,7 @@ impl Collected {
         };
         let hull = PageRange::new(low, (high - low).saturating_add(1));
         let staging = self.staging(block, hull)?;
-        for &page in pages {
-            staging.bits.set(page);
-            staging.touched.set(page / CHUNK);
-        }
+        staging.mark_all(pages);
         Ok(())
     }
 
@@ -341,18 +402,11 @@ impl Harvester {
     fn publish(&mut self, store: Option<&DirtyStore>) -> HarvestReport {
         let mut report = HarvestReport::default();
         for (&block, staging) in &mut self.staged.blocks {
-            let ranges = staging.touched();
             if let Some(store) = store {
-                report.pages += ranges
-                    .iter()
-                    .map(|&range| staging.bits.count_range(range))
-                    .sum::<u64>();
-                store.publish(block, &staging.bits, &ranges);
+                store.publish(block, |sets| report.pages += staging.publish(sets));
+            } else {
+                staging.publish(&mut []);
             }
-            for range in ranges {
-                staging.bits.clear_range(range);
-            }
-            staging.touched.clear();
         }
         report
     }
@@ -392,26 +446,40 @@ mod tests {
         let staging = &harvester.staged.blocks[&BLOCK];
         let pages: Vec<u64> = staging.bits.runs().flat_map(|r| r.first..r.end()).collect();
         assert_eq!(pages, [4090, 4096, 4159]);
-        assert_eq!(staging.touched(), [PageRange::new(0, 8192)]);
+        assert_eq!(staging.touched, [0, 1]);
     }
 
     #[test]
-    fn a_range_touches_each_chunk_it_reaches_into_and_no_other() {
+    fn a_range_touches_each_word_it_reaches_into_and_no_other() {
         let mut harvester = Harvester::default();
         harvester.add_block(BLOCK, 5 * CHUNK - 7);
+        let words = |first: u64, end: u64| (first..end).collect::<Vec<_>>();
         let touched = [
-            (CHUNK - 1, 1, 0, CHUNK),
-            (CHUNK, 1, CHUNK, CHUNK),
-            (CHUNK - 1, CHUNK + 2, 0, 3 * CHUNK),
-            (4 * CHUNK, 1, 4 * CHUNK, CHUNK - 7),
+            (CHUNK - 1, 1, words(63, 64)),
+            (CHUNK, 1, words(64, 65)),
+            (CHUNK - 1, CHUNK + 2, words(63, 129)),
+            (5 * CHUNK - 8, 1, words(319, 320)),
         ];
-        for (first, pages, from, reach) in touched {
+        for (first, pages, want) in touched {
             let range = PageRange::new(first, pages);
             harvester.staged.mark_range(BLOCK, range).unwrap();
             let staging = &harvester.staged.blocks[&BLOCK];
             assert_eq!(staging.bits.runs().collect::<Vec<_>>(), [range]);
-            assert_eq!(staging.touched(), [PageRange::new(from, reach)]);
-            assert_eq!(harvester.publish(None).pages, 0);
+            let chunks = staging.touched.iter();
+            let touched: Vec<u64> = chunks
+                .flat_map(|&chunk| words_of(chunk, staging.masks[chunk]))
+                .map(|i| i as u64)
+                .collect();
+            assert_eq!(touched, want);
+            let mut set = PageSet::new(5 * CHUNK - 7);
+            let staging = harvester.staged.blocks.get_mut(&BLOCK).unwrap();
+            assert_eq!(
+                (staging.publish(&mut [&mut set]), set.count()),
+                (pages, pages)
+            );
+            let staging = &harvester.staged.blocks[&BLOCK];
+            assert!(staging.bits.count() == 0 && staging.touched.is_empty());
+            assert!(staging.masks.iter().all(|&mask| mask == 0));
         }
     }
 

@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::bits::next_set;
-use crate::mutant::{self, Mutant};
+use crate::page_set::PageSet;
 use crate::{BlockId, Consumer, Extent, PageBitmap, PageRange};
 
 /// Names a consumer of the store.
@@ -25,6 +24,9 @@ pub enum Start {
 /// Invariants, for each consumer and page: a page in `leased` is in exactly one unfinished [`Lease`](crate::Lease); a
 /// lease is taken only from pages that are dirty and not leased; an acknowledgement clears `leased` and never `dirty`.
 /// So each dirtying is dirty, or leased, or acknowledged.
+///
+/// For each consumer a page takes a bit (and a thirtieth of one) where some pages of its 16 MiB are dirty and some are not,
+/// and a fiftieth elsewhere; the same again where some are on lease.
 #[derive(Debug, Default)]
 pub struct DirtyStore {
     inner: Mutex<Inner>,
@@ -47,18 +49,18 @@ struct State {
 
 #[derive(Debug)]
 struct Sets {
-    dirty: PageBitmap,
-    leased: PageBitmap,
+    dirty: PageSet,
+    leased: PageSet,
 }
 
 impl Sets {
     fn new(start: Start, pages: u64) -> Self {
         Self {
             dirty: match start {
-                Start::AllDirty => PageBitmap::all_set(pages),
-                Start::Empty => PageBitmap::new(pages),
+                Start::AllDirty => PageSet::all(pages),
+                Start::Empty => PageSet::new(pages),
             },
-            leased: PageBitmap::new(pages),
+            leased: PageSet::new(pages),
         }
     }
 }
@@ -123,30 +125,24 @@ impl DirtyStore {
             .iter()
             .filter_map(|&block| {
                 let mut all = PageBitmap::new(*inner.blocks.get(&block)?);
-                let whole = PageRange::new(0, all.pages());
                 for state in inner.consumers.values() {
                     let sets = &state.sets[&block];
-                    for map in [&sets.dirty, &sets.leased] {
-                        all.or_words_at(whole, map.words(), 0).ok()?;
-                    }
+                    sets.dirty.or_into(&mut all);
+                    sets.leased.or_into(&mut all);
                 }
                 Some((block, all))
             })
             .collect()
     }
 
-    /// ORs the bits of `ranges` into each consumer's dirty set.
-    pub(crate) fn publish(&self, block: BlockId, bits: &PageBitmap, ranges: &[PageRange]) {
+    /// Hands the dirty sets of a block, one for each consumer, to who puts something into them.
+    pub(crate) fn publish(&self, block: BlockId, put: impl FnOnce(&mut [&mut PageSet])) {
         let mut inner = self.lock();
-        for state in inner.consumers.values_mut() {
-            let Some(sets) = state.sets.get_mut(&block) else {
-                continue;
-            };
-            for &range in ranges {
-                let done = sets.dirty.or_words_at(range, bits.words(), range.first);
-                debug_assert!(done.is_ok(), "harvester and store disagree on a length");
-            }
-        }
+        let states = inner.consumers.values_mut();
+        let mut sets: Vec<&mut PageSet> = states
+            .filter_map(|state| Some(&mut state.sets.get_mut(&block)?.dirty))
+            .collect();
+        put(&mut sets);
     }
 
     pub(crate) fn remove_consumer(&self, id: ConsumerId) {
@@ -167,39 +163,36 @@ impl DirtyStore {
         let Some(state) = inner.consumers.get_mut(&id) else {
             return Vec::new();
         };
-        let (cursor_block, cursor_page) = state.cursor;
-        // One turn around all blocks: from the cursor to the end, then from the start to the cursor.
-        let mut spans: Vec<(BlockId, PageRange)> = Vec::new();
-        for (&block, sets) in &state.sets {
-            let from = if block == cursor_block {
-                cursor_page.min(sets.dirty.pages())
-            } else {
-                0
-            };
-            if block >= cursor_block {
-                spans.push((block, PageRange::new(from, sets.dirty.pages() - from)));
-            }
-        }
-        for (&block, sets) in &state.sets {
-            if block < cursor_block {
-                spans.push((block, PageRange::new(0, sets.dirty.pages())));
-            } else if block == cursor_block {
-                spans.push((
-                    block,
-                    PageRange::new(0, cursor_page.min(sets.dirty.pages())),
-                ));
-            }
-        }
+        let (block, page) = state.cursor;
         let mut left = max;
-        let mut taken = Vec::new();
-        for (block, span) in spans {
-            let Some(sets) = state.sets.get_mut(&block) else {
-                continue;
-            };
-            take_span(block, sets, span, &mut left, &mut taken);
-            if left == 0 {
-                break;
-            }
+        let mut taken: Vec<Extent> = Vec::new();
+        let mut take = |block: BlockId, sets: &mut Sets, first: u64, end: u64| {
+            // Not what is on lease: an old copy could land after a newer one.
+            let span = PageRange::new(first, end - first);
+            left -=
+                sets.dirty
+                    .move_to(&mut sets.leased, span, left, |run| match taken.last_mut() {
+                        Some(last) if last.block == block && last.range.end() == run.first => {
+                            last.range.pages += run.pages;
+                        }
+                        _ => taken.push(Extent { block, range: run }),
+                    });
+            left == 0
+        };
+        // One turn around all blocks: from the cursor to the end, then from the start to the cursor.
+        let cut = |at: BlockId, sets: &Sets| {
+            let pages = sets.dirty.pages();
+            (pages, if at == block { page.min(pages) } else { 0 })
+        };
+        let full = state.sets.range_mut(block..).any(|(&at, sets)| {
+            let (end, cut) = cut(at, sets);
+            take(at, sets, cut, end)
+        });
+        if !full {
+            state.sets.range_mut(..=block).any(|(&at, sets)| {
+                let (end, cut) = cut(at, sets);
+                take(at, sets, 0, if at == block { cut } else { end })
+            });
         }
         if let Some(last) = taken.last() {
             state.cursor = (last.block, last.range.end());
@@ -215,72 +208,11 @@ impl DirtyStore {
         };
         for extent in extents {
             if let Some(sets) = state.sets.get_mut(&extent.block) {
-                sets.leased.clear_range(extent.range);
+                sets.leased.remove(extent.range);
                 if dirty {
-                    sets.dirty.set_range(extent.range);
+                    sets.dirty.insert(extent.range);
                 }
             }
         }
     }
-}
-
-/// Pages that are searched together at least: 16 MiB of guest memory.
-const STEP: u64 = 4096;
-
-/// Moves dirty, unleased pages of one span to `taken`.
-fn take_span(
-    block: BlockId,
-    sets: &mut Sets,
-    span: PageRange,
-    left: &mut u64,
-    taken: &mut Vec<Extent>,
-) {
-    let mut at = span.first;
-    while *left > 0 {
-        let Some(first) = next_set(sets.dirty.words(), at, span.end()) else {
-            break;
-        };
-        // No further than needed: what is dirty may reach to the end of the block, and the next lease looks again.
-        at = first.saturating_add(STEP.max(*left)).min(span.end());
-        for range in free(sets, PageRange::new(first, at - first), left) {
-            sets.dirty.clear_range(range);
-            sets.leased.set_range(range);
-            match taken.last_mut() {
-                Some(last) if last.block == block && last.range.end() == range.first => {
-                    last.range.pages += range.pages;
-                }
-                _ => taken.push(Extent { block, range }),
-            }
-        }
-    }
-}
-
-/// The first `left` pages of `part` that are dirty and not on lease, and counts them off.
-fn free(sets: &Sets, part: PageRange, left: &mut u64) -> Vec<PageRange> {
-    let mut found = Vec::new();
-    let mut take = |first: u64, end: u64| {
-        let pages = (end - first).min(*left);
-        if pages > 0 {
-            found.push(PageRange::new(first, pages));
-            *left -= pages;
-        }
-        *left == 0
-    };
-    for run in sets.dirty.runs_in(part) {
-        let mut at = run.first;
-        // Leave out what is on lease: an old copy could land after a newer one.
-        let some = next_set(sets.leased.words(), at, run.end()).is_some();
-        if some && !mutant::is_planted(Mutant::LeasedTwice) {
-            for leased in sets.leased.runs_in(run) {
-                if take(at, leased.first) {
-                    return found;
-                }
-                at = leased.end();
-            }
-        }
-        if take(at, run.end()) {
-            break;
-        }
-    }
-    found
 }

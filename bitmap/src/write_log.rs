@@ -39,6 +39,7 @@ struct Log {
 }
 
 impl Log {
+    #[inline]
     fn mark(&self, window: Window, offset: u64, len: u64) {
         if let Some(range) = self.touched(window, offset, len) {
             self.marks.set_range(range);
@@ -46,20 +47,26 @@ impl Log {
     }
 
     /// The block's pages that `len` bytes of a window touch.
+    #[inline]
     fn touched(&self, window: Window, offset: u64, len: u64) -> Option<PageRange> {
         if len == 0 || mutant::is_planted(Mutant::WritesUnmarked) {
             return None;
         }
         if offset.checked_add(len).is_none_or(|end| end > window.len) {
-            // The first one is kept; one is enough to fail every harvest.
-            if !mutant::is_planted(Mutant::OutsideIgnored) {
-                let _ = self.outside.set((offset, len));
-            }
+            self.outside(offset, len);
             return None;
         }
         let first = (window.start + offset) / PAGE_SIZE;
         let last = (window.start + offset + len - 1) / PAGE_SIZE;
         Some(PageRange::new(first, last - first + 1))
+    }
+
+    /// The first one is kept; one is enough to fail every harvest.
+    #[cold]
+    fn outside(&self, offset: u64, len: u64) {
+        if !mutant::is_planted(Mutant::OutsideIgnored) {
+            let _ = self.outside.set((offset, len));
+        }
     }
 
     fn dirty_at(&self, window: Window, offset: u64) -> bool {
@@ -155,6 +162,7 @@ impl<'a> WithBitmapSlice<'a> for WriteLog {
 }
 
 impl Bitmap for WriteLog {
+    #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.log.mark(self.window, offset as u64, len as u64);
     }
@@ -192,6 +200,7 @@ impl<'a> WithBitmapSlice<'_> for WriteLogSlice<'a> {
 impl BitmapSlice for WriteLogSlice<'_> {}
 
 impl<'a> Bitmap for WriteLogSlice<'a> {
+    #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.log.mark(self.window, offset as u64, len as u64);
     }

@@ -82,10 +82,7 @@ impl DirtySource for BitmapSource {
         self.fetched
             .retain(|(slot, _)| !scope.covers(slot.key) && layout.slot(slot.key) == Some(slot));
         let mut place = 0;
-        for slot in layout
-            .slots()
-            .filter(|s| !s.readonly && scope.covers(s.key))
-        {
+        for slot in scope.slots(layout).filter(|s| !s.readonly) {
             let words = usize::try_from(slot.range.pages.div_ceil(64)).unwrap_or(usize::MAX);
             self.buffer.clear();
             self.buffer.resize(words, 0);

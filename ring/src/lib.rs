@@ -39,7 +39,7 @@ pub use capabilities::{Capabilities, Mode, Tracking};
 pub use dirty_ring::DirtyRing;
 pub use error::{Error, Result};
 pub use kvm::{HostRange, Kvm, Region, Reset};
-pub use ring_source::{RingHandle, RingSource};
+pub use ring_source::{RingHandle, RingLevel, RingSource};
 pub use signals::with_signals_blocked;
 pub use stock::StockKvm;
 pub use vcpu::{Entered, Kick, Vcpu, VcpuIdentity};

@@ -40,6 +40,19 @@ struct Ring {
     full_but_empty: u32,
 }
 
+/// What can be seen of a ring without emptying it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RingLevel {
+    /// The vCPU's id.
+    pub vcpu: u64,
+    /// Pages that it has dirtied so far; a page counts again when it is written after a harvest.
+    pub dirtied: u64,
+    /// Entries that nobody has taken.
+    pub waiting: u32,
+    /// Entries that the ring has.
+    pub entries: u32,
+}
+
 /// All rings of a VM.
 ///
 /// Invariants:
@@ -59,8 +72,6 @@ pub struct RingSource {
     short: bool,
     /// Something was dirtied that no entry names: only "everything is dirty" is true.
     lost: bool,
-    /// Fullest ring of the last harvest, in thousandths.
-    fill: u32,
 }
 
 impl RingSource {
@@ -74,7 +85,6 @@ impl RingSource {
             stale: 0,
             short: false,
             lost: false,
-            fill: 0,
         }
     }
 
@@ -115,17 +125,22 @@ impl RingSource {
         Ok(handle)
     }
 
-    /// How full the fullest ring was at the last harvest, in thousandths: the reaper's measure.
-    #[must_use]
-    pub const fn fill(&self) -> u32 {
-        self.fill
+    /// How full each ring is. Makes no call.
+    pub fn levels(&self) -> impl Iterator<Item = RingLevel> {
+        self.rings.iter().map(|ring| {
+            let waiting = ring.ring.waiting();
+            RingLevel {
+                vcpu: ring.vcpu,
+                dirtied: ring.taken + u64::from(waiting),
+                waiting,
+                entries: ring.ring.entries(),
+            }
+        })
     }
 
-    /// How many pages each vCPU has dirtied so far, by its id: a page counts again when it is written after a harvest.
+    /// How many pages each vCPU has dirtied so far, by its id.
     pub fn dirtied(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.rings
-            .iter()
-            .map(|ring| (ring.vcpu, ring.taken + u64::from(ring.ring.waiting())))
+        self.levels().map(|level| (level.vcpu, level.dirtied))
     }
 
     /// Pages may be without a log: the next harvest reports everything as dirty, and healing is due.
@@ -235,12 +250,8 @@ impl DirtySource for RingSource {
         if self.unreset == 0 {
             self.reset_stale()?;
         }
-        self.fill = 0;
         for ring in &mut self.rings {
-            let before = self.unreset;
             self.lost |= !drain(ring, layout, into, &mut self.unreset)?;
-            let fill = (self.unreset - before) * 1000 / u64::from(ring.ring.entries());
-            self.fill = self.fill.max(u32::try_from(fill).unwrap_or(1000));
         }
         #[cfg(target_arch = "aarch64")]
         crate::backup::collect(&*self.kvm, layout, into)?;

@@ -9,6 +9,7 @@ mod builder;
 mod consumer;
 mod harvest;
 mod logging;
+mod pace;
 mod plan;
 mod reaper;
 mod report;
@@ -143,6 +144,13 @@ impl Tracker {
     #[must_use]
     pub fn blackouts(&self) -> Blackouts {
         *self.0.blackouts()
+    }
+
+    /// Times that a vCPU left `KVM_RUN` because its dirty ring was full, and waited until it was emptied: none while the
+    /// reaper keeps up. None in other modes.
+    #[must_use]
+    pub fn ring_full_exits(&self) -> u64 {
+        self.0.reaper.full_exits()
     }
 
     /// Whether the guest has migrated away: it runs elsewhere, and nothing is written here any more.

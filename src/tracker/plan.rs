@@ -7,26 +7,22 @@ use gleaner_ring::{MemslotCall, Region};
 
 /// The calls, in the order in which KVM takes them: deletes, moves ordered by what they free, creates.
 ///
-/// A slot that is the same in both layouts costs nothing. One that shows the same pages elsewhere is moved. Everything else
+/// A slot that is the same in both layouts costs nothing, here neither. One that shows the same pages elsewhere is moved. Everything else
 /// (another length, block, offset, access) is deleted and created: KVM has no other way. So is one move of each cycle.
 pub fn plan(old: &Layout, new: &Layout, region: impl Fn(&Slot) -> Region) -> Vec<MemslotCall> {
     let mut deletes = Vec::new();
     let mut creates = Vec::new();
     let mut moves: BTreeMap<SlotKey, (Slot, Slot)> = BTreeMap::new();
-    for slot in old.slots() {
-        match new.slot(slot.key) {
-            Some(next) if next == slot => {}
-            Some(next) if next.same_backing(slot) => {
-                moves.insert(slot.key, (*slot, *next));
-            }
-            Some(next) => {
-                deletes.push(*slot);
-                creates.push(*next);
-            }
-            None => deletes.push(*slot),
+    for (was, is) in old.slot_changes(new) {
+        if let (Some(was), Some(is)) = (was, is)
+            && is.same_backing(was)
+        {
+            moves.insert(was.key, (*was, *is));
+        } else {
+            deletes.extend(was);
+            creates.extend(is);
         }
     }
-    creates.extend(new.slots().filter(|s| old.slot(s.key).is_none()));
 
     let mut ordered = Vec::new();
     while !moves.is_empty() {

@@ -1,23 +1,19 @@
 //! The reaper: empties the dirty rings before they are full, and at once when one is.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gleaner_ring::{RingHandle, with_signals_blocked};
 
-use super::{KvmLog, Shared};
+use super::pace::{Look, Pace, SLOWEST};
+use super::{KvmLog, Shared, State};
 use crate::gate::RingFull;
 use crate::{Error, Result};
 
-/// Longest and shortest time between two looks at the rings.
-const SLOWEST: Duration = Duration::from_millis(100);
-const FASTEST: Duration = Duration::from_millis(1);
 /// Tries of a harvest that somebody waits for, and the time between two.
 const ATTEMPTS: u32 = 5;
 const RETRY: Duration = Duration::from_millis(20);
-/// Fill (in thousandths) of the fullest ring above which it looks sooner, and below which it looks later.
-const HIGH: u32 = 250;
-const LOW: u32 = 100;
 
 /// How vCPU threads and the reaper meet.
 ///
@@ -27,6 +23,8 @@ const LOW: u32 = 100;
 pub(super) struct Reaper {
     desk: Mutex<Desk>,
     changed: Condvar,
+    /// Times that a vCPU came with a full ring.
+    full: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -48,8 +46,12 @@ impl Reaper {
         self.changed.notify_all();
     }
 
-    /// Waits for a request, or for `patience`; `None` when it is over, else the newest request.
-    fn next(&self, patience: Duration) -> Option<u64> {
+    pub(super) fn full_exits(&self) -> u64 {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// Waits for a request, or for `patience`; `None` when it is over, else the newest request and whether it waits.
+    fn next(&self, patience: Duration) -> Option<(u64, bool)> {
         let mut desk = self.lock();
         if desk.requested == desk.served && !desk.shutdown {
             desk = self
@@ -58,7 +60,8 @@ impl Reaper {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-        (!desk.shutdown).then_some(desk.requested)
+        let asked = desk.requested != desk.served;
+        (!desk.shutdown).then_some((desk.requested, asked))
     }
 
     fn serve(&self, request: u64, outcome: Result<()>) {
@@ -87,6 +90,7 @@ impl RingRequest {
 impl RingFull for RingRequest {
     fn empty(&self) -> Result<()> {
         self.handle.set_full();
+        self.reaper.full.fetch_add(1, Ordering::Relaxed);
         let mut desk = self.reaper.lock();
         desk.requested += 1;
         let mine = desk.requested;
@@ -127,12 +131,23 @@ pub(super) fn start(shared: &Arc<Shared>) -> Result<()> {
 }
 
 fn run(reaper: &Reaper, tracker: &Weak<Shared>) {
+    let mut pace = Pace::default();
     let mut patience = SLOWEST;
-    while let Some(request) = reaper.next(patience) {
+    let mut last = Instant::now();
+    while let Some((request, asked)) = reaper.next(patience) {
         let Some(shared) = tracker.upgrade() else {
             return;
         };
-        let mut outcome = shared.reap(&mut shared.lock());
+        let mut state = shared.lock();
+        let since = last.elapsed();
+        last = Instant::now();
+        let look = look(&mut pace, &state, since, asked);
+        patience = look.patience;
+        if !look.empty {
+            continue;
+        }
+        let mut outcome = shared.reap(&mut state);
+        drop(state);
         for _ in 1..ATTEMPTS {
             let Err(error) = &outcome else { break };
             // Pages are held back, not lost, and what failed may pass: a vCPU must not end for it.
@@ -143,17 +158,13 @@ fn run(reaper: &Reaper, tracker: &Weak<Shared>) {
         if let Err(error) = &outcome {
             tracing::error!(%error, "dirty rings could not be emptied");
         }
-        let state = shared.lock();
-        let fill = match &state.log {
-            KvmLog::Ring(ring) => ring.fill(),
-            KvmLog::Bitmap(_) => 0,
-        };
-        drop(state);
         reaper.serve(request, outcome);
-        patience = match fill {
-            HIGH.. => (patience / 2).max(FASTEST),
-            LOW.. => patience,
-            _ => (patience * 2).min(SLOWEST),
-        };
+    }
+}
+
+fn look(pace: &mut Pace, state: &State, since: Duration, asked: bool) -> Look {
+    match &state.log {
+        KvmLog::Ring(ring) => pace.look(since, asked, ring.levels()),
+        KvmLog::Bitmap(_) => pace.look(since, asked, std::iter::empty()),
     }
 }

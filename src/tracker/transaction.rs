@@ -179,17 +179,26 @@ impl<'t> Transaction<'t> {
         }
         let new = Arc::new(editor.finish()?);
         if !shared.capabilities.readonly
-            && let Some(slot) = new.slots().find(|s| s.readonly)
+            && let Some(slot) = old
+                .slot_changes(&new)
+                .find_map(|(_, is)| is.filter(|s| s.readonly))
         {
             return Err(Error::NoReadonly { slot: slot.key });
         }
+        let mut changed_blocks: Vec<BlockId> = self.added.iter().map(Block::id).collect();
+        let gone = old.block_changes(&new).filter_map(|(was, _)| was);
+        changed_blocks.extend(gone.map(|block| block.id));
         for block in self.added {
             state.blocks.insert(block.id(), block);
         }
         let outcome = shared.change(&mut state, &old, &new, publish);
         // Blocks that the layout in force does not have are let go, whichever layout that is.
         let layout = Arc::clone(&state.layout);
-        state.blocks.retain(|id, _| layout.block(*id).is_some());
+        for block in changed_blocks {
+            if layout.block(block).is_none() {
+                state.blocks.remove(&block);
+            }
+        }
         outcome
     }
 }
@@ -277,7 +286,10 @@ impl Shared {
             }
             Err(error) => return Err(error),
         }
-        for block in new.blocks().filter(|b| old.block(b.id).is_none()) {
+        let added = old
+            .block_changes(new)
+            .filter_map(|(was, is)| was.is_none().then_some(is?));
+        for block in added {
             // What the VMM wrote into it before is part of what is born dirty.
             if let Some(added) = state.blocks.get(&block.id) {
                 added.write_log().forget();
@@ -309,7 +321,10 @@ impl Shared {
                 ..report
             };
         }
-        for block in old.blocks().filter(|b| new.block(b.id).is_none()) {
+        let removed = old
+            .block_changes(new)
+            .filter_map(|(was, is)| is.is_none().then_some(was?));
+        for block in removed {
             state.retired.insert(block.id);
             self.store.remove_block(block.id);
             state.harvester.remove_block(block.id);
