@@ -13,6 +13,7 @@ mod gate;
 mod harvest;
 mod kernels;
 mod qemu;
+mod rate;
 mod ring;
 mod row;
 mod sample;
@@ -42,7 +43,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 )]
 struct Options {
     /// Topics, or the beginnings of rows' names: scale, kernels, writes, ring, gate, harvest, blackout, slowdown, wire, qemu,
-    /// downtime. All unless given.
+    /// downtime, rate. All unless given.
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Print one JSON object on standard output.
@@ -101,7 +102,7 @@ impl Plan {
 type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
 
 /// Topics, whether they need KVM, and what measures them.
-const TOPICS: [Topic; 11] = [
+const TOPICS: [Topic; 12] = [
     // First, before others leave free memory behind: it measures the process.
     ("scale", false, scale::rows),
     ("kernels", false, kernels::rows),
@@ -114,6 +115,7 @@ const TOPICS: [Topic; 11] = [
     ("wire", false, wire::rows),
     ("qemu", false, qemu::rows),
     ("downtime", true, downtime::rows),
+    ("rate", true, rate::rows),
 ];
 
 fn run(options: &Options) -> Result<Vec<Row>> {

@@ -32,7 +32,8 @@ const LEAST: Duration = Duration::from_millis(50);
 const TICK: Duration = Duration::from_millis(20);
 /// Bytes a second of a link that nobody has told the bandwidth of: nearly what 10 Gbit/s are.
 const BANDWIDTH: u64 = 1 << 30;
-/// How long it is metered unless it is said: a sample takes longer.
+/// How long it is metered unless it is said. A sample takes longer: so that 5 % of a guest of which 1 % is dirty are reached with
+/// 2 % of a CPU.
 const DURATION: Duration = Duration::from_secs(10);
 const SAMPLED_DURATION: Duration = Duration::from_secs(20);
 

@@ -11,3 +11,5 @@ mod failures;
 #[allow(dead_code)] // used by several test binaries, each of which uses its own part
 mod harness;
 mod outputs;
+mod sampled;
+mod scattered;

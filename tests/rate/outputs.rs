@@ -18,7 +18,7 @@ fn rate<'a>(guest: &'a Guest, more: &[&'a str]) -> Vec<&'a str> {
 }
 
 /// The samples of a page of metrics, all of which have help and a type.
-fn samples(page: &str) -> BTreeMap<String, f64> {
+pub fn samples(page: &str) -> BTreeMap<String, f64> {
     let (mut found, mut typed) = (BTreeMap::new(), BTreeMap::new());
     for line in page.lines() {
         if let Some(of) = line.strip_prefix("# TYPE ") {

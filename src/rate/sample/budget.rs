@@ -17,23 +17,16 @@ pub struct Goal {
 
 /// The part dirty that a sample is made for before anything is known.
 const FIRST_GUESS: f64 = 0.01;
+/// So many times the pages that are just enough: some windows come late, and none after the end.
+const MARGIN: f64 = 1.15;
 /// Windows of a metering without end that are together as precise as was asked for.
-const TOGETHER: u64 = 10;
+const TOGETHER: f64 = 10.0;
 /// A metering without end is planned so far.
 const AHEAD: Duration = Duration::from_secs(300);
 /// The part of the CPU time that what is watched for the whole time may take.
 const WHOLE_TIME: f64 = 0.4;
 
 impl Goal {
-    /// Windows, one after the other, that are to be as precise together.
-    pub(super) fn windows(&self) -> u64 {
-        let Some(duration) = self.duration else {
-            return TOGETHER;
-        };
-        let windows = duration.as_nanos() / self.interval.as_nanos().max(1);
-        u64::try_from(windows).unwrap_or(u64::MAX).max(1)
-    }
-
     /// Pages of one sample that is precise enough, if that part of `pages` is dirty: more scattered than it may be.
     pub(super) fn pages(&self, part: f64, pages: u64) -> f64 {
         let part = part.clamp(1e-9, 1.0);
@@ -50,32 +43,28 @@ impl Goal {
 
     /// Pages of the next window, each of which takes `looks` looks of `per_look` seconds.
     pub(super) fn window(&self, so_far: &SoFar, pages: u64, looks: f64) -> u64 {
-        let all = self.windows();
-        let done = if self.duration.is_some() {
-            so_far.windows
-        } else {
-            0
+        let (done, left) = match self.duration {
+            Some(duration) => {
+                let left = duration.saturating_sub(so_far.now).as_secs_f64();
+                let left = (left / self.interval.as_secs_f64()).round().max(1.0);
+                (so_far.windows as f64, left)
+            }
+            None => (0.0, TOGETHER),
         };
-        let left = (all.saturating_sub(done)).max(1) as f64;
+        let all = done + left;
         let part = so_far.part.unwrap_or(FIRST_GUESS);
         // The mean of all windows has a variance of their sum over the square of their number, and each of them that of its pages.
         let of_page = part * (1.0 - part);
-        let target = (self.precision * part * all as f64).powi(2);
-        let done = if self.duration.is_some() {
-            so_far.variance
-        } else {
-            0.0
-        };
-        let missing = target - done;
+        let target = (self.precision * part * all).powi(2);
+        let missing = target - if done > 0.0 { so_far.variance } else { 0.0 };
         let wanted = if missing > 0.0 && part > 0.0 {
-            left * of_page / missing
+            MARGIN * left * of_page / missing
         } else {
             f64::INFINITY
         };
-        let end = self.duration.map_or_else(
-            || so_far.now + self.interval * u32::try_from(TOGETHER).unwrap_or(1),
-            |duration| duration,
-        );
+        let end = self
+            .duration
+            .unwrap_or(so_far.now + self.interval.mul_f64(TOGETHER));
         let budget = self.cpu * end.as_secs_f64() - so_far.spent - so_far.reserved;
         let allowed = budget / left / (looks * so_far.per_look);
         count(wanted.min(allowed).min(pages as f64))
@@ -101,7 +90,7 @@ pub(super) struct SoFar {
 /// At least some strata.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // saturates
 fn count(pages: f64) -> u64 {
-    pages.max(64.0) as u64
+    pages.max(64.0).round() as u64
 }
 
 #[cfg(test)]
@@ -136,25 +125,26 @@ mod tests {
         // 0.99 / (0.01 * 0.05^2), of a guest without end.
         assert!((goal().pages(0.01, u64::MAX) - 39_600.0).abs() < 1.0);
         // And of all pages no more than there are.
-        assert!((goal().pages(0.01, GIB) - 34_402.0).abs() < 1.0);
+        assert!((goal().pages(0.01, GIB) - 34_403.0).abs() < 1.0);
         assert!(goal().pages(1e-9, GIB) <= GIB as f64);
         // In 20 windows together.
-        assert_eq!(goal().window(&so_far(None), GIB, 2.0), 1980);
+        assert_eq!(goal().window(&so_far(None), GIB, 2.0), 2277);
     }
 
     #[test]
     fn what_is_known_of_the_guest_makes_the_sample_smaller_or_larger() {
         let window = |part| goal().window(&so_far(Some(part)), GIB, 2.0);
         assert_eq!(window(0.3), 64);
-        assert!(window(0.005) > 3900);
+        assert!(window(0.005) > 4500);
         // Half of the windows were too rough: the others make up for it.
         let rough = SoFar {
+            now: Duration::from_secs(10),
             windows: 10,
             variance: 10.0 * 0.0099 / 1200.0,
             ..so_far(Some(0.01))
         };
         let next = goal().window(&rough, GIB, 2.0) as f64;
-        let all = rough.variance + 10.0 * 0.0099 / next;
+        let all = rough.variance + MARGIN * 10.0 * 0.0099 / next;
         assert!((all.sqrt() / 20.0 / 0.01 - 0.05).abs() < 0.0001, "{next}");
     }
 
@@ -164,12 +154,13 @@ mod tests {
         // 0.4 s in 20 windows, 2 looks of 1 us.
         assert_eq!(goal().window(&rare, GIB, 2.0), 10_000);
         let spent = SoFar {
+            now: Duration::from_secs(19),
             windows: 19,
             spent: 0.3,
             reserved: 0.09,
             ..rare
         };
-        assert_eq!(goal().window(&spent, GIB, 2.0), 4999);
+        assert_eq!(goal().window(&spent, GIB, 2.0), 5000);
         let over = SoFar { spent: 9.0, ..rare };
         assert_eq!(goal().window(&over, GIB, 2.0), 64);
         assert_eq!(goal().panel(GIB, 2.0, 1e-5), 8000);

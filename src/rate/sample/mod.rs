@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Memory is divided into strata, and from each the same number of pages is drawn. Each window of time has a sample of its own,
-//! which is looked at in its beginning and its end, and a quarter of it at times between; another sample is looked at in the
+//! which is looked at in its beginning and its end, and of every other one a quarter at times between; another sample is looked at in the
 //! beginning and the end of all, and a quarter of it at times between. A page that holds something else than before was
 //! written: one that was written with what it held before is not seen, nor are two writes told from one. How many pages a window
 //! takes follows from what the windows before have found, the precision that is asked for, and the CPU time that is left.

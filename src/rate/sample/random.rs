@@ -24,4 +24,10 @@ impl Random {
     pub const fn below(&mut self, end: u64) -> u64 {
         ((self.bits() as u128 * end as u128) >> 64) as u64
     }
+
+    /// The same of a list so long.
+    #[allow(clippy::cast_possible_truncation)] // below what came as one
+    pub const fn index(&mut self, length: usize) -> usize {
+        self.below(length as u64) as usize
+    }
 }

@@ -15,8 +15,10 @@ const SHORT: [u64; 7] = [50, 100, 200, 500, 1000, 2000, 5000];
 const LONG: [u64; 8] = [2, 5, 10, 20, 60, 120, 300, 600];
 /// Pages of a stratum of a window's sample, and of one for the whole time, that are looked at at the times between.
 const SOME: usize = 2;
-/// Between two pieces of a sample.
+/// Between two pieces of a sample, at most.
 const GAP: Duration = Duration::from_millis(10);
+/// In such a part of a window all of its pieces begin.
+const SOON: u32 = 20;
 /// For so long a page that was there is taken to be there still.
 const FRESH: Duration = Duration::from_secs(2);
 
@@ -131,7 +133,9 @@ impl Sampler {
     fn window(&mut self, at: Duration) {
         let interval = self.goal.interval;
         let times = SHORT.iter().map(|ms| Duration::from_millis(*ms));
-        let short = times.filter(|time| *time < interval);
+        // Every other window is enough for them.
+        let some = self.begun % 2 == 1;
+        let short = times.filter(|time| some && *time < interval);
         let mut visits: Vec<_> = short.map(|after| Visit { after, each: SOME }).collect();
         visits.push(Visit {
             after: interval,
@@ -156,8 +160,10 @@ impl Sampler {
         let sample = Sample::draw(self.pages, wanted, &mut self.random);
         let cohort = Cohort::new(sample, visits);
         let number = self.begun;
+        let pieces = u32::try_from(cohort.pieces()).unwrap_or(u32::MAX);
+        let gap = GAP.min(self.goal.interval / SOON / pieces.max(1));
         for piece in 0..cohort.pieces() {
-            let after = GAP * u32::try_from(piece).unwrap_or(u32::MAX);
+            let after = gap * u32::try_from(piece).unwrap_or(u32::MAX);
             self.tasks.insert((at + after, number, piece, 0));
         }
         self.left.insert((number, 0), cohort.pieces());

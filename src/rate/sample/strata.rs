@@ -32,7 +32,7 @@ impl Sample {
             }
             // And each order.
             for at in (first + 1..drawn.len()).rev() {
-                let with = first + random.below((at - first + 1) as u64) as usize;
+                let with = first + random.index(at - first + 1);
                 drawn.swap(at, with);
             }
         }

@@ -34,7 +34,7 @@ fn run(
     let mut sampler = Sampler::new(goal, Sampled::new(goal, blocks), Duration::ZERO, LOOK, seed);
     let (mut now, mut spent) = (Duration::ZERO, Duration::ZERO);
     while let Some(due) = sampler.due() {
-        now = now.max(due);
+        now = now.max(due.min(off.unwrap_or(due)));
         if off.is_some_and(|off| now >= off) {
             sampler.finish(now);
         }
