@@ -141,6 +141,8 @@ fn run(reaper: &Reaper, tracker: &Weak<Shared>) {
         let mut state = shared.lock();
         let since = last.elapsed();
         last = Instant::now();
+        // Who may dirty only so much is counted by what its ring says, and a page that is not armed again says nothing.
+        let asked = asked || shared.throttled.load(Ordering::SeqCst);
         let look = look(&mut pace, &state, since, asked);
         patience = look.patience;
         if !look.empty {
