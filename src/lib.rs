@@ -30,7 +30,8 @@
 //!    block.
 //! 2. **Precision.** A transaction makes no page dirty beyond new memory and what KVM reports.
 //! 3. **Re-arm before read.** Page numbers come out of the store alone, as a [`Leased`]; a bit gets into the store only after
-//!    its source was re-armed for it (the `Harvester` of `gleaner-bitmap`).
+//!    its source was re-armed for it (the `Harvester` of `gleaner-bitmap`), or because all memory is dirty to begin with, and
+//!    is armed before it is leased for the first time (the `BitmapSource` of `gleaner-ring`).
 //! 4. **Each dirtying is in exactly one of: source, store, lease, acknowledged.** An ack never touches the store; a page on
 //!    lease is not leased again to the same consumer.
 //! 5. **Generations.** A bit is interpreted by the layout it was recorded under: all rings are drained and reset before a

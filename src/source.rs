@@ -182,7 +182,8 @@ impl Source for LocalSource {
     }
 
     fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
-        let Some(leased) = self.consumer()?.lease(max_pages) else {
+        let leased = self.consumer()?.lease(max_pages);
+        let Some(leased) = leased.map_err(MigrateError::source)? else {
             return Ok(None);
         };
         let id = LeaseId(self.next_lease);

@@ -173,7 +173,7 @@ fn a_block_that_was_removed_does_not_come_back_under_its_id() {
         tx.commit()
     };
     plug(9).unwrap();
-    let lease = consumer.lease(u64::MAX).unwrap();
+    let lease = consumer.lease(u64::MAX).unwrap().unwrap();
     let mut tx = tracker.transaction();
     tx.delete(9).remove_block(block.id());
     tx.commit().unwrap();

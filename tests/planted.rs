@@ -105,6 +105,17 @@ fn re_arming_after_the_copy_is_found_where_it_can_be() {
     }
 }
 
+/// Where logs start with all bits set.
+#[test]
+fn memory_that_is_leased_without_being_armed_is_found() {
+    if !kvm() {
+        return;
+    }
+    let found = found_after(Tracking::BitmapClear, Some(Mutant::LeasedUnarmed), MOST);
+    println!("{found:?}");
+    assert!(found.is_some());
+}
+
 #[test]
 fn exchanged_slot_ids_lose_nothing_when_nothing_is_planted() {
     if !kvm() {

@@ -257,7 +257,7 @@ fn a_slot_that_goes_leaves_its_dirty_pages_with_the_block() {
         tx.delete(1);
         let report = tx.commit().unwrap();
         assert_eq!((report.carried, report.unmapped, report.retired), (0, 7, 0));
-        let lease = consumer.lease(u64::MAX).unwrap();
+        let lease = consumer.lease(u64::MAX).unwrap().unwrap();
         let (extent, memory) = &lease.parts()[0];
         assert_eq!(
             (extent.range, lease.parts().len()),
@@ -277,7 +277,7 @@ fn a_block_that_is_removed_takes_its_dirty_pages_along() {
         hand.write(gpa(70), 14, 6);
         let early = {
             hand.tracker.harvest().unwrap();
-            consumer.lease(3).unwrap()
+            consumer.lease(3).unwrap().unwrap()
         };
         hand.write(gpa(0), 2, 6);
         let mut tx = hand.tracker.transaction();

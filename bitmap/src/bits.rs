@@ -114,7 +114,7 @@ fn span(first: u64, len: u64) -> Option<(Range<usize>, u64, u64)> {
 }
 
 /// Calls `each(word index, mask of the range's bits in it)` for every word of a bit range.
-pub(crate) fn masked_words(first: u64, len: u64, mut each: impl FnMut(usize, u64)) {
+pub fn masked_words(first: u64, len: u64, mut each: impl FnMut(usize, u64)) {
     let end = first + len;
     let mut bit = first;
     while bit < end {

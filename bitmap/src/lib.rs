@@ -39,7 +39,7 @@ mod source;
 mod store;
 mod write_log;
 
-pub use bits::{count_bits, or_bits};
+pub use bits::{count_bits, masked_words, or_bits};
 pub use block::{BlockId, BlockInfo};
 pub use error::{Error, Result};
 pub use layout::{Generation, Layout, LayoutEditor};

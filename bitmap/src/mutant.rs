@@ -48,6 +48,8 @@ pub enum Mutant {
     SilentDeviceTaken,
     /// Logs go on starting with all bits set, which are taken for truth.
     InitialBitsTaken,
+    /// Memory whose log started with all bits set is leased without being armed.
+    LeasedUnarmed,
     /// Buffers for dirty logs are not checked against the slot, in the model of KVM.
     BufferUnchecked,
     /// A bitmap that is too short for its range is taken for as far as it goes.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use gleaner_bitmap::mutant::{self, Mutant};
-use gleaner_bitmap::{Collected, DirtySource, Layout, PageRange, Rearm, Scope, Slot};
+use gleaner_bitmap::{Collected, DirtySource, Extent, Layout, PageRange, Rearm, Scope, Slot};
 
+use crate::unarmed::Unarmed;
 use crate::{Kvm, Result};
 
 /// Words that are handed to one call at most (256 MiB of guest): it holds KVM's memory lock, and vCPUs wait for that.
@@ -13,12 +14,17 @@ const CLEAR_WORDS: u64 = 1 << 10;
 /// `KVM_GET_DIRTY_LOG` for each slot that is logged.
 ///
 /// Plain, fetching re-arms. With manual protection nothing is re-armed by fetching; then exactly the words that were
-/// fetched are cleared. A bit that was never fetched is never cleared.
+/// fetched are cleared. A bit that was never fetched is never cleared, but for memory that is owed to everybody as it is:
+///
+/// Logs may start with all bits set, and nothing protected ([`BitmapSource::all_unarmed`]). As long as all consumers have all
+/// of the memory dirty, nothing has to be done about it, which is why a log of any size starts at once. It is armed piece by
+/// piece, before the first lease of each is handed out ([`BitmapSource::arm`]).
 pub struct BitmapSource {
     kvm: Arc<dyn Kvm>,
     manual: bool,
     /// Logs fetched and not yet cleared (manual protection). What is left of them after an error is still set in KVM.
     fetched: Vec<(Slot, Vec<u64>)>,
+    unarmed: Unarmed,
     buffer: Vec<u64>,
 }
 
@@ -30,8 +36,33 @@ impl BitmapSource {
             kvm,
             manual,
             fetched: Vec::new(),
+            unarmed: Unarmed::default(),
             buffer: Vec::new(),
         }
+    }
+
+    /// The logs of all slots of `layout` have just started with all bits set, or are about to: nothing is armed. Every
+    /// consumer has to begin with all pages dirty, and every lease to be armed, from here on.
+    pub fn all_unarmed(&mut self, layout: &Layout) {
+        self.unarmed = Unarmed::all(layout);
+    }
+
+    /// Arms what some pages are part of, and was not armed yet: after they were leased, before their contents are read.
+    ///
+    /// # Errors
+    /// [`crate::Error::ClearDirtyLog`]: some of them may be armed and some not. None of them may be read.
+    pub fn arm(&mut self, layout: &Layout, extents: &[Extent]) -> Result<()> {
+        if mutant::is_planted(Mutant::LeasedUnarmed) {
+            return Ok(());
+        }
+        extents
+            .iter()
+            .try_for_each(|e| self.unarmed.arm(&*self.kvm, layout, e.block, e.range))
+    }
+
+    /// Logging ends, or nothing can be unarmed any more.
+    pub fn none_unarmed(&mut self) {
+        self.unarmed = Unarmed::default();
     }
 
     fn clear(&self, slot: &Slot, words: &[u64]) -> Result<()> {
@@ -87,6 +118,7 @@ impl DirtySource for BitmapSource {
             self.buffer.clear();
             self.buffer.resize(words, 0);
             self.kvm.get_dirty_log(slot.key, &mut self.buffer)?;
+            self.unarmed.mask(slot.block, slot.range, &mut self.buffer);
             if self.buffer.iter().all(|&w| w == 0) {
                 continue;
             }

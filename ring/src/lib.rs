@@ -31,6 +31,7 @@ mod ring_source;
 mod run_page;
 mod signals;
 mod stock;
+mod unarmed;
 mod vcpu;
 
 pub use bitmap_source::BitmapSource;

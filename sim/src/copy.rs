@@ -39,7 +39,7 @@ impl Copy {
     /// none.
     pub fn take(&mut self, world: &mut World, number: u64, consumer: &Consumer) -> bool {
         let most = 1 + world.random.below(64);
-        let Some(lease) = consumer.lease(most) else {
+        let Some(lease) = consumer.lease(most).ok().flatten() else {
             return false;
         };
         let extents: Vec<_> = lease.parts().iter().map(|(e, _)| *e).collect();

@@ -244,7 +244,7 @@ impl World {
     /// A consumer takes some pages, and acknowledges them or not.
     pub fn take(&mut self, number: u64, consumer: &Consumer) {
         let most = 1 + self.random.below(200);
-        let Some(lease) = consumer.lease(most) else {
+        let Some(lease) = consumer.lease(most).ok().flatten() else {
             return;
         };
         let extents: Vec<_> = lease.parts().iter().map(|(e, _)| *e).collect();
@@ -294,7 +294,7 @@ impl World {
         let Some((number, consumer)) = self.meter.take() else {
             return 0;
         };
-        while let Some(lease) = consumer.lease(u64::MAX) {
+        while let Ok(Some(lease)) = consumer.lease(u64::MAX) {
             let extents: Vec<_> = lease.parts().iter().map(|(e, _)| *e).collect();
             self.actors.stage().oracle.took(number, extents);
             lease.ack();

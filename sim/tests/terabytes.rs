@@ -69,7 +69,7 @@ fn a_guest_of_12_tib_fits_into_4_gib() {
     assert_eq!(write((6 << 40) - 8), Access::Missed);
     assert_eq!(write(GUEST - 8), Access::Done(GUEST - 8));
     tracker.harvest().unwrap();
-    let lease = meter.lease(u64::MAX).unwrap();
+    let lease = meter.lease(u64::MAX).unwrap().unwrap();
     let found: Vec<u64> = lease
         .parts()
         .iter()

@@ -98,7 +98,7 @@ impl Meter {
             migrated_away,
             ..Look::default()
         };
-        if let Some(lease) = self.consumer.lease(u64::MAX) {
+        if let Some(lease) = self.consumer.lease(u64::MAX)? {
             for (extent, block) in lease.parts() {
                 look.written.push(*extent);
                 if self.known.insert(extent.block) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gleaner_bitmap::{Extent, Generation, Lease};
 
 use super::Shared;
-use crate::Block;
+use crate::{Block, Result};
 
 /// An independent reader of a tracker's dirty pages. Dropping it ends it; with the last one logging is switched off, which
 /// takes KVM tens of milliseconds on large guests.
@@ -21,7 +21,7 @@ impl std::fmt::Debug for Consumer {
     }
 }
 
-/// Pages on lease, with the memory they are in. They have been re-armed, so their contents may be read.
+/// Pages on lease, with the memory they are in. They have been armed again, so their contents may be read.
 ///
 /// A dropped lease falls back: its pages are dirty again.
 #[derive(Debug)]
@@ -74,21 +74,28 @@ impl Consumer {
     }
 
     /// Takes up to `max` dirty pages on lease; `None` when no page is free. See [`gleaner_bitmap::Consumer::lease`].
-    #[must_use]
-    pub fn lease(&self, max: u64) -> Option<Leased> {
+    ///
+    /// # Errors
+    /// [`Error::Kvm`](crate::Error::Kvm) when memory can't be armed that no lease had before: no page is on lease by this call
+    /// then.
+    pub fn lease(&self, max: u64) -> Result<Option<Leased>> {
         // Under the lock, so that the pages, the blocks and the generation belong together.
-        let state = self.shared.lock();
-        let lease = self.inner.as_ref()?.lease(max)?;
+        let mut state = self.shared.lock();
+        let lease = self.inner.as_ref().and_then(|inner| inner.lease(max));
+        let Some(lease) = lease else {
+            return Ok(None);
+        };
+        self.shared.arm(&mut state, lease.extents())?;
         let parts = lease
             .extents()
             .iter()
             .filter_map(|e| Some((*e, state.blocks.get(&e.block)?.clone())))
             .collect();
-        Some(Leased {
+        Ok(Some(Leased {
             lease,
             generation: state.layout.generation(),
             parts,
-        })
+        }))
     }
 }
 

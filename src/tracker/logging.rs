@@ -1,9 +1,10 @@
 //! Switching the dirty log on for the first consumer and off after the last.
 
 use gleaner_bitmap::mutant::{self, Mutant};
+use gleaner_bitmap::{Extent, Start};
 use gleaner_ring::{Mode, Region};
 
-use super::{Shared, State};
+use super::{KvmLog, Shared, State};
 use crate::{Error, Result};
 
 impl Shared {
@@ -15,18 +16,29 @@ impl Shared {
             .collect()
     }
 
-    /// Log on everywhere, then whatever was known before is forgotten: nobody is owed it.
+    /// Log on everywhere, for a first consumer that starts so; then whatever was known before is forgotten: nobody is owed it.
     ///
-    /// With manual protection logs start with all bits set, which spares the slot change a walk over all memory. That is
-    /// for this start only: it is switched off again at once, so that slots which a transaction creates later start with
-    /// zero bits and log the next write, and no page is sent again because of a split.
-    pub(super) fn start_logging(&self, state: &mut State) -> Result<()> {
-        let initially_set = self.mode == Mode::BitmapClear && self.capabilities.initially_set;
-        if initially_set {
+    /// With manual protection, and for a consumer that is owed all memory anyway, logs start with all bits set and nothing
+    /// armed: KVM spares itself a walk over all memory, and leases arm what they take. That is for this start only: it is
+    /// switched off again at once, so that slots which a transaction creates later start with zero bits and log the next
+    /// write, and no page is sent again because of a split.
+    pub(super) fn start_logging(&self, state: &mut State, start: Start) -> Result<()> {
+        let unarmed = match &mut state.log {
+            KvmLog::Bitmap(source)
+                if self.mode == Mode::BitmapClear
+                    && self.capabilities.initially_set
+                    && start == Start::AllDirty =>
+            {
+                source.all_unarmed(&state.layout);
+                true
+            }
+            _ => false,
+        };
+        if unarmed {
             self.kvm.set_manual_protect(true, true)?;
         }
         let switched = self.switch_on(state);
-        let restored = if initially_set && !mutant::is_planted(Mutant::InitialBitsTaken) {
+        let restored = if unarmed && !mutant::is_planted(Mutant::InitialBitsTaken) {
             self.kvm.set_manual_protect(true, false)
         } else {
             Ok(())
@@ -46,6 +58,22 @@ impl Shared {
         discarded.inspect_err(|_| self.stop_logging(state))
     }
 
+    /// Pages that are on lease from now on: their contents are about to be read.
+    pub(super) fn arm(&self, state: &mut State, extents: &[Extent]) -> Result<()> {
+        match &mut state.log {
+            // After a failed rollback nobody writes, and slots may be missing.
+            KvmLog::Bitmap(source) if !state.broken => Ok(source.arm(&state.layout, extents)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// For a consumer that is owed nothing but what comes: writes to all memory have to be logged.
+    pub(super) fn arm_all(&self, state: &mut State) -> Result<()> {
+        let blocks = state.layout.blocks();
+        let all: Vec<_> = blocks.map(|b| Extent::new(b.id, 0, b.pages)).collect();
+        self.arm(state, &all)
+    }
+
     /// Log off everywhere. Bits that are left are owed to nobody.
     pub(super) fn stop_logging(&self, state: &mut State) {
         for region in self.regions(state, false) {
@@ -53,6 +81,9 @@ impl Shared {
                 // A log that goes on costs time, not pages: the next start discards what it has.
                 tracing::warn!(%error, "the dirty log could not be switched off");
             }
+        }
+        if let KvmLog::Bitmap(source) = &mut state.log {
+            source.none_unarmed();
         }
         state.logging = false;
     }

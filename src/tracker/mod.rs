@@ -215,11 +215,13 @@ impl Tracker {
         Ok((report, began.elapsed()))
     }
 
-    /// A new consumer of the dirty store. The first one switches logging on.
+    /// A new consumer of the dirty store. The first one switches logging on: with manual protection and
+    /// [`Start::AllDirty`] in an instant, if the kernel can start logs with all bits set (Linux 5.8 and later); leases pay for
+    /// it then, each 64 MiB once.
     ///
     /// # Errors
     /// [`Error::UnloggedWriter`] while a device reports nothing; [`Error::Kvm`] when logging can't be switched on, which is
-    /// off everywhere then.
+    /// off everywhere then, or when memory can't be armed that another consumer has not leased yet.
     pub fn consumer(&self, start: Start) -> Result<Consumer> {
         let mut state = self.0.lock();
         if let Some(device) = state.unlogged.first()
@@ -230,10 +232,13 @@ impl Tracker {
             });
         }
         if state.logging {
+            if start == Start::Empty {
+                self.0.arm_all(&mut state)?;
+            }
             // What came before belongs to the others alone.
             self.0.harvest_all(&mut state)?;
         } else {
-            self.0.start_logging(&mut state)?;
+            self.0.start_logging(&mut state, start)?;
         }
         let consumer = self.0.store.consumer(start);
         drop(state);

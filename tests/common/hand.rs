@@ -181,7 +181,7 @@ impl Hand {
 /// Takes all that a consumer has and acknowledges it.
 pub fn leased(consumer: &Consumer) -> BTreeSet<(BlockId, u64)> {
     let mut pages = BTreeSet::new();
-    while let Some(lease) = consumer.lease(u64::MAX) {
+    while let Some(lease) = consumer.lease(u64::MAX).unwrap() {
         pages.extend(lease.parts().iter().flat_map(|(e, _)| pages_of(e)));
         lease.ack();
     }

@@ -113,7 +113,7 @@ pub struct Copy {
 impl Copy {
     /// Copies every page that the consumer can lease.
     pub fn drain(&mut self, consumer: &Consumer) {
-        while let Some(lease) = consumer.lease(1 << 14) {
+        while let Some(lease) = consumer.lease(1 << 14).unwrap() {
             self.apply(&lease, &contents(&lease));
             lease.ack();
         }

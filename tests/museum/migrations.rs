@@ -18,7 +18,7 @@ pub fn an_old_copy_never_lands_after_a_newer_one(case: Case) -> Found {
     let mut world = World::new(case);
     world.write(3);
     world.tracker.harvest().unwrap();
-    let lease = world.consumer.as_ref().unwrap().lease(1).unwrap();
+    let lease = world.consumer.as_ref().unwrap().lease(1).unwrap().unwrap();
     let held_back = contents(&lease);
     world.write(3);
     world.copy();
