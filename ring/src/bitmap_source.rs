@@ -114,6 +114,9 @@ impl DirtySource for BitmapSource {
             .retain(|(slot, _)| !scope.covers(slot.key) && layout.slot(slot.key) == Some(slot));
         let mut place = 0;
         for slot in scope.slots(layout).filter(|s| !s.readonly) {
+            if self.unarmed.contains(slot.block, slot.range) {
+                continue;
+            }
             let words = usize::try_from(slot.range.pages.div_ceil(64)).unwrap_or(usize::MAX);
             self.buffer.clear();
             self.buffer.resize(words, 0);

@@ -56,6 +56,13 @@ impl Unarmed {
             .collect()
     }
 
+    /// Whether none of these pages is armed: their log need not be fetched.
+    pub(crate) fn contains(&self, block: BlockId, range: PageRange) -> bool {
+        self.within(block, range)
+            .first()
+            .is_some_and(|pages| pages.contains(&range))
+    }
+
     /// Takes what is not armed out of the log of some pages of a block; bit `n` is page `range.first + n`.
     pub(crate) fn mask(&self, block: BlockId, range: PageRange, words: &mut [u64]) {
         for pages in self.within(block, range) {
@@ -293,9 +300,12 @@ mod tests {
             bits.runs().collect::<Vec<_>>()
         };
         assert_eq!(left(&unarmed), []);
+        assert!(unarmed.contains(BLOCK, slot.range));
         unarmed
             .arm(&kvm, &layout, BLOCK, PageRange::new(2 * PART, 1))
             .unwrap();
+        assert!(!unarmed.contains(BLOCK, slot.range));
+        assert!(unarmed.contains(BLOCK, PageRange::new(0, 2 * PART)));
         let second_part = PageRange::new(PART - 37, 37);
         assert_eq!(left(&unarmed), [second_part]);
         unarmed
