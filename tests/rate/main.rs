@@ -10,6 +10,5 @@ mod failures;
 #[path = "../processes/harness.rs"]
 #[allow(dead_code)] // used by several test binaries, each of which uses its own part
 mod harness;
+mod metrics;
 mod outputs;
-mod sampled;
-mod scattered;

@@ -1,7 +1,7 @@
 //! A dirty rate that is sampled from outside, beside QEMU's own page sampling: how far off, and at what cost.
 
 mod machine;
-#[path = "../../../tests/rate/scattered.rs"]
+#[path = "../../../tests/sampled/scattered.rs"]
 mod scattered;
 
 use std::fs::File;
