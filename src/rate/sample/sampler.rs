@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::budget::{Goal, SoFar};
+use super::budget::{Goal, MARGIN, SoFar};
 use super::cohort::{Cohort, Sight, Visit};
 use super::random::Random;
 use super::sampled::Sampled;
@@ -239,7 +239,7 @@ impl Sampler {
     /// in a window.
     fn enough_in_the_end(&mut self, visit: usize) {
         let part = self.found.so_far().0.unwrap_or(0.0);
-        let wanted = self.goal.pages(part, self.pages);
+        let wanted = MARGIN * self.goal.pages(part, self.pages);
         let Some(panel) = self.cohorts.get_mut(&PANEL) else {
             return;
         };
