@@ -1,17 +1,20 @@
 //! How the source reaches the destination, as often as it needs to.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect as start, socket_with, sockopt};
 
-use crate::{Address, Error, Result, Stream};
+use crate::patience::TICK;
+use crate::{Address, CancelToken, Error, Result, Stream};
 #[cfg(feature = "tls")]
 use crate::{TlsClient, TlsStream};
 
@@ -64,7 +67,16 @@ impl Connector {
     /// [`Error::Io`]; with TLS `Error::Handshake`, when the destination can't prove who it is, or refuses this end already. What
     /// it thinks of this end's certificate is heard by the first that is read from the stream. Nothing is open then.
     pub fn connect(&self) -> Result<Stream> {
-        let stream = self.open()?;
+        self.connect_until(&CancelToken::new())
+    }
+
+    /// As [`Connector::connect`], until `cancel` is used. The host's name is looked up, and hands are shaken, to the end all the
+    /// same.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; those of [`Connector::connect`].
+    pub fn connect_until(&self, cancel: &CancelToken) -> Result<Stream> {
+        let stream = self.open(cancel)?;
         #[cfg(feature = "tls")]
         if let Some((client, host)) = &self.tls {
             return TlsStream::connect(stream, client, host.clone(), &self.address);
@@ -72,10 +84,13 @@ impl Connector {
         Ok(stream)
     }
 
-    fn open(&self) -> Result<Stream> {
+    fn open(&self, cancel: &CancelToken) -> Result<Stream> {
         let fail = |cause| Error::io(format!("connect to {}", self.address), cause);
         match &self.address {
-            Address::Tcp { host, port } => tcp(host, *port).map_err(fail),
+            Address::Tcp { host, port } => match tcp(host, *port, cancel) {
+                Err(_) if cancel.is_cancelled() => Err(Error::Cancelled),
+                connected => connected.map_err(fail),
+            },
             Address::Unix(path) => UnixStream::connect(path).map(Stream::Unix).map_err(fail),
             Address::Fd(fd) => Stream::inherited(*fd).map_err(fail),
             Address::File(path) => file(path)
@@ -86,23 +101,57 @@ impl Connector {
 }
 
 /// The first of the host's addresses that takes a connection.
-fn tcp(host: &str, port: u16) -> io::Result<Stream> {
+fn tcp(host: &str, port: u16, cancel: &CancelToken) -> io::Result<Stream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     for target in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&target, CONNECT) {
+        match tcp_to(target, cancel) {
             Ok(tcp) => return Stream::tcp(tcp),
             Err(cause) => last = cause,
+        }
+        if cancel.is_cancelled() {
+            break;
         }
     }
     Err(last)
 }
 
+/// As `TcpStream::connect_timeout`, which nothing calls off.
+fn tcp_to(target: SocketAddr, cancel: &CancelToken) -> io::Result<TcpStream> {
+    let family = match target {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    let end = Instant::now() + CONNECT;
+    match start(&socket, &target) {
+        Ok(()) => {}
+        Err(Errno::INPROGRESS) => {
+            let tick = Timespec {
+                tv_sec: 0,
+                tv_nsec: TICK.subsec_nanos().into(),
+            };
+            loop {
+                let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
+                match poll(&mut fds, Some(&tick)) {
+                    Ok(0) | Err(Errno::INTR) => {}
+                    Ok(_) => break,
+                    Err(cause) => return Err(cause.into()),
+                }
+                if cancel.is_cancelled() || Instant::now() >= end {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+            sockopt::socket_error(&socket)??;
+        }
+        Err(cause) => return Err(cause.into()),
+    }
+    ioctl_fionbio(&socket, false)?;
+    Ok(socket.into())
+}
+
 /// One that takes whatever is written to it: who writes to a pipe waits for its reader, and nothing calls that off.
 fn file(path: &Path) -> io::Result<File> {
-    let pipe = || {
-        let text = "it is a pipe or a socket, and no file";
-        io::Error::new(io::ErrorKind::InvalidInput, text)
-    };
     let opened = OpenOptions::new()
         .write(true)
         .create(true)
@@ -112,14 +161,27 @@ fn file(path: &Path) -> io::Result<File> {
         .open(path);
     let file = match opened {
         // A pipe that nobody reads, or a socket.
-        Err(cause) if Errno::from_io_error(&cause) == Some(Errno::NXIO) => return Err(pipe()),
+        Err(cause) if Errno::from_io_error(&cause) == Some(Errno::NXIO) => {
+            return Err(no_file());
+        }
         opened => opened?,
     };
-    let kind = file.metadata()?.file_type();
-    if kind.is_fifo() {
-        return Err(pipe());
-    }
+    is_file(&file.metadata()?)?;
     Ok(file)
+}
+
+/// Of what stands behind a path: whether nobody waits for another one when it is opened, read or written.
+pub(crate) fn is_file(what: &Metadata) -> io::Result<()> {
+    let kind = what.file_type();
+    if kind.is_fifo() || kind.is_socket() {
+        return Err(no_file());
+    }
+    Ok(())
+}
+
+fn no_file() -> io::Error {
+    let text = "it is a pipe or a socket, and no file";
+    io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
 /// One connection to `address`: [`Connector::connect`] in short.
@@ -183,6 +245,27 @@ mod tests {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK;
         let _reader = rustix::fs::open(&path, flags, Mode::empty()).unwrap();
         refused();
+    }
+
+    #[test]
+    fn a_host_that_does_not_answer_is_left_when_it_is_called_off() {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        // Room for one who is not accepted; who comes after that hears nothing.
+        rustix::net::listen(&socket, 0).unwrap();
+        let listener = std::net::TcpListener::from(socket);
+        let target = listener.local_addr().unwrap();
+        let soon = Duration::from_millis(200);
+        let full: Vec<_> = std::iter::from_fn(|| TcpStream::connect_timeout(&target, soon).ok())
+            .take(16)
+            .collect();
+        assert!((1..16).contains(&full.len()), "{}", full.len());
+        let cancel = CancelToken::new();
+        cancel.cancel();
+        let connector = Connector::new(format!("tcp:{target}").parse().unwrap());
+        let ended = connector.connect_until(&cancel);
+        assert!(matches!(ended, Err(Error::Cancelled)), "{ended:?}");
     }
 
     #[test]

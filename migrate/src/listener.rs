@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use rustix::net::sockopt;
 
+use crate::connector;
 use crate::newcomers::{self, Newcomers};
 use crate::{Address, CancelToken, Error, Result, Stream, raw};
 #[cfg(feature = "tls")]
@@ -56,7 +57,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl Listener {
-    /// Starts to listen. A Unix socket gets mode 0600; a socket file that nobody listens on any more is replaced.
+    /// Starts to listen. A Unix socket gets mode 0600; a socket file that nobody listens on any more is replaced. A file may
+    /// not be a pipe, whose opening waits for its writer.
     ///
     /// # Errors
     /// [`Error::SocketInUse`], [`Error::NotASocket`], [`Error::Io`]: nothing was changed.
@@ -81,7 +83,9 @@ impl Listener {
             Address::Fd(fd) => inherited(*fd).map_err(fail)?,
             Address::File(path) => {
                 // Says now what is wrong with it; opened when it is to be read.
-                fs::metadata(path).map_err(fail)?;
+                fs::metadata(path)
+                    .and_then(|what| connector::is_file(&what))
+                    .map_err(fail)?;
                 Kind::File(path.clone())
             }
         };
@@ -254,6 +258,16 @@ mod tests {
         crate::connect(&unix(&path)).unwrap();
         drop(first);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_pipe_is_no_file_to_wait_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
+        let error = Listener::bind(&Address::File(path)).unwrap_err();
+        assert!(error.to_string().contains("it is a pipe"), "{error}");
     }
 
     #[test]

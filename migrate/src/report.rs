@@ -19,6 +19,16 @@ pub enum Status {
     InDoubt,
 }
 
+impl Status {
+    /// Of a migration that ended with this error while it was sure where the guest runs.
+    pub(crate) const fn after(error: &Error) -> Self {
+        match error {
+            Error::Cancelled | Error::CalledOff { .. } => Self::Cancelled,
+            _ => Self::Failed,
+        }
+    }
+}
+
 /// One round, as it ended.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Progress {
@@ -244,10 +254,7 @@ impl Received {
 
     /// It ended with this error.
     pub(crate) fn fail(&mut self, error: Error) {
-        self.status = match error {
-            Error::Cancelled | Error::CalledOff { .. } => Status::Cancelled,
-            _ => Status::Failed,
-        };
+        self.status = Status::after(&error);
         self.reason = Some(error.to_string());
         self.error = Some(error);
     }

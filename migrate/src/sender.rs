@@ -188,12 +188,12 @@ impl<'a> Sender<'a> {
         if let Format::Qemu(qemu) = &self.options.format
             && channels > 1
         {
-            return match qemu::open(to, channels, qemu) {
+            return match qemu::open(to, channels, qemu, &self.options.cancel) {
                 Ok(channels) => self.run_to_qemu(channels),
                 Err(error) => self.failed(error),
             };
         }
-        match to.connect() {
+        match to.connect_until(&self.options.cancel) {
             Ok(stream) if channels == 1 => self.run(stream),
             Ok(stream) => self.run_on_many(stream, to),
             Err(error) => self.failed(error),
@@ -256,7 +256,7 @@ impl<'a> Sender<'a> {
             .greet(channels)
             .and_then(|()| {
                 (1..channels).try_for_each(|number| {
-                    let joined = to.connect().and_then(lane);
+                    let joined = to.connect_until(&limits.cancel).and_then(lane);
                     let joined = joined.and_then(|lane| session.join(lane, number));
                     joined.map_err(|error| session.lanes.not_joined(number, error))
                 })
@@ -282,7 +282,7 @@ impl<'a> Sender<'a> {
     fn failed(self, error: Error) -> Report {
         let mut report = Report::new(self.options.id);
         report.local = self.options.local;
-        report.status = Status::Failed;
+        report.status = Status::after(&error);
         if let Err(again) = self.source.resume() {
             report.status = Status::InDoubt;
             tracing::error!(%again, "the source can't resume");
@@ -464,10 +464,7 @@ impl<'a> Session<'a> {
             if let Some(advice) = advice.filter(|_| gone) {
                 reason = format!("{reason}; {advice}");
             }
-            self.report.status = match error {
-                Error::Cancelled => Status::Cancelled,
-                _ => Status::Failed,
-            };
+            self.report.status = Status::after(&error);
             self.supply.release();
             // The end of the attempt lets it go anyway; said all the same, because a guest that stays slow is not noticed.
             if self.history.throttle != Throttle::Off

@@ -15,7 +15,7 @@ use super::{MultifdSync, QemuOptions, packet, record};
 use crate::lane::MAX_IN_FLIGHT;
 use crate::patience::{LINGER, TICK, silent_after};
 use crate::wire::{Adopted, Message, Patience, Payload, VERSION};
-use crate::{Channel, Connector, Error, Result, Stream};
+use crate::{CancelToken, Channel, Connector, Error, Result, Stream};
 
 /// Bytes that a Unix socket holds, if the system allows it: so many that either end can work on while the other looks for
 /// zeros, or waits for a core. The default is half of it.
@@ -75,15 +75,19 @@ pub(crate) fn open(
     to: &Connector,
     channels: u16,
     options: &QemuOptions,
+    cancel: &CancelToken,
 ) -> Result<Vec<QemuChannel>> {
     // QEMU knows the main one by what it begins with, or by its coming first.
-    let (main, reader, answers) = begin(to.connect()?)?;
+    let (main, reader, answers) = begin(to.connect_until(cancel)?)?;
     let mut multifd = Vec::new();
     for number in 1..=channels {
-        let line = join(to, number).map_err(|cause| Error::Multifd {
-            number,
-            channels,
-            cause: Box::new(cause),
+        let line = join(to, number, cancel).map_err(|cause| match cause {
+            Error::Cancelled => cause,
+            cause => Error::Multifd {
+                number,
+                channels,
+                cause: Box::new(cause),
+            },
         })?;
         multifd.push(line);
     }
@@ -128,8 +132,8 @@ fn begin(stream: Stream) -> Result<Begun> {
 }
 
 /// Opens a connection of multifd, counted from 1 on.
-fn join(to: &Connector, number: u16) -> Result<Line> {
-    let stream = to.connect()?;
+fn join(to: &Connector, number: u16, cancel: &CancelToken) -> Result<Line> {
+    let stream = to.connect_until(cancel)?;
     prepare(&stream)?;
     let mut line = Line::new(stream);
     // At most MAX_CHANNELS.

@@ -8,6 +8,7 @@ use gleaner_bitmap::{BlockId, BlockInfo, Extent, Generation, PageRange};
 
 use super::channel::TOGETHER;
 use super::*;
+use crate::CancelToken;
 use crate::wire::{Extents, Hello, LayoutBody, Message, Payload, VERSION};
 use crate::{Channel, Connector, MappedMemory, MigrationId, PageMemory};
 
@@ -40,7 +41,7 @@ impl There {
             sync,
             ..QemuOptions::default()
         };
-        let lanes = open(&to, 2, &options).unwrap();
+        let lanes = open(&to, 2, &options, &CancelToken::new()).unwrap();
         let mut accepted = listener.incoming().map(Result::unwrap);
         let main = accepted.next().unwrap();
         assert_eq!(get(&main, 8), b"QEVM\0\0\0\x03");
