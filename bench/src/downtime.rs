@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 
 use gleaner::migrate::{
-    MigrationId, Receiver, ReceiverOptions, Report, Sender, SenderOptions, Status, Stream,
+    MigrationId, Receiver, ReceiverOptions, Report, Sender, SenderOptions, Status, Stream, Tuning,
 };
 use gleaner::vmm::guest::Workload;
 use gleaner::vmm::{Backend, IncomingMachine, Machine, MachineConfig};
@@ -35,10 +35,10 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
     let mut downtimes = Vec::new();
     let mut off = Vec::new();
     let mut within = 0;
-    let mut machine = first()?;
+    let mut machine = machine(RAM, Workload::Hot(HOT), None)?;
     // The first one warms up.
     for round in 0..=rounds {
-        let (report, arrived) = hop(&machine)?;
+        let (report, arrived) = hop(&machine, |_| ())?;
         machine = arrived;
         if round > 0 {
             downtimes.push(report.downtime_ms);
@@ -88,15 +88,16 @@ pub fn rows(plan: &Plan) -> Result<Vec<Row>> {
     ])
 }
 
-fn first() -> Result<Machine> {
+/// A guest that runs.
+pub fn machine(ram: u64, workload: Workload, write_rate: Option<u64>) -> Result<Machine> {
     let mut machine = Machine::new(&MachineConfig {
         backend: Backend::Kvm,
-        ram: RAM,
+        ram,
         vcpus: VCPUS,
         ram_file: None,
         tracking: Tracking::Auto,
-        workload: Workload::Hot(HOT),
-        write_rate: None,
+        workload,
+        write_rate,
         churn: None,
         seed: 1,
     })?;
@@ -105,7 +106,7 @@ fn first() -> Result<Machine> {
 }
 
 /// One migration, to a machine that runs the guest then.
-fn hop(source: &Machine) -> Result<(Report, Machine)> {
+pub fn hop(source: &Machine, tune: impl FnOnce(&Tuning)) -> Result<(Report, Machine)> {
     let (near, far) = UnixStream::pair()?;
     let mut destination = IncomingMachine::new().resume(Backend::Kvm, Tracking::Auto);
     let report = std::thread::scope(|scope| -> Result<Report> {
@@ -114,6 +115,7 @@ fn hop(source: &Machine) -> Result<(Report, Machine)> {
         });
         let mut local = LocalSource::new(source.tracker(), source.hooks_factory()())?;
         let options = SenderOptions::new(MigrationId::random()?);
+        tune(&options.tuning);
         Ok(Sender::new(&mut local, options).run(Stream::from(near)))
     })?;
     match (report.status, destination.take_machine()) {

@@ -9,6 +9,7 @@
 
 mod blackout;
 mod downtime;
+mod forecast;
 mod gate;
 mod harvest;
 mod kernels;
@@ -43,7 +44,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 )]
 struct Options {
     /// Topics, or the beginnings of rows' names: scale, kernels, writes, ring, gate, harvest, blackout, slowdown, wire, qemu,
-    /// downtime, rate. All unless given.
+    /// downtime, forecast, rate. All unless given.
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Print one JSON object on standard output.
@@ -102,7 +103,7 @@ impl Plan {
 type Topic = (&'static str, bool, fn(&Plan) -> Result<Vec<Row>>);
 
 /// Topics, whether they need KVM, and what measures them.
-const TOPICS: [Topic; 12] = [
+const TOPICS: [Topic; 13] = [
     // First, before others leave free memory behind: it measures the process.
     ("scale", false, scale::rows),
     ("kernels", false, kernels::rows),
@@ -115,6 +116,7 @@ const TOPICS: [Topic; 12] = [
     ("wire", false, wire::rows),
     ("qemu", false, qemu::rows),
     ("downtime", true, downtime::rows),
+    ("forecast", true, forecast::rows),
     ("rate", true, rate::rows),
 ];
 
