@@ -13,6 +13,7 @@ mod forecast;
 mod gate;
 mod harvest;
 mod kernels;
+mod machine;
 mod qemu;
 mod rate;
 mod ring;
@@ -48,8 +49,11 @@ struct Options {
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Print one JSON object on standard output.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "markdown")]
     json: bool,
+    /// Print what docs/benchmarks.md has: the machine, and a table.
+    #[arg(long)]
+    markdown: bool,
     /// Quick: that outputs are equal is checked, times are printed and never a failure.
     #[arg(long)]
     short: bool,
@@ -137,7 +141,9 @@ fn run(options: &Options) -> Result<Vec<Row>> {
             continue;
         }
         for row in measure(&plan)? {
-            if !options.json {
+            if options.markdown {
+                println!("{}", row.markdown());
+            } else if !options.json {
                 println!("{row}");
             }
             rows.push(row);
@@ -148,6 +154,9 @@ fn run(options: &Options) -> Result<Vec<Row>> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if options.markdown {
+        println!("{}\n\n{}", machine::told(), Row::HEAD);
+    }
     let rows = match run(&options) {
         Ok(rows) => rows,
         Err(error) => {
@@ -160,6 +169,9 @@ fn main() -> ExitCode {
     };
     if options.json {
         println!("{}", serde_json::json!({ "rows": rows }));
+    }
+    if options.markdown {
+        println!("\nLoad average in the end: {}.", machine::load());
     }
     if rows.is_empty() {
         eprintln!("gleaner-bench: nothing was measured");

@@ -18,6 +18,16 @@ pub enum Verdict {
     Told,
 }
 
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::Short => "short",
+            Self::Told => "told",
+        })
+    }
+}
+
 /// One figure.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
@@ -75,6 +85,24 @@ impl Row {
         }
     }
 
+    /// The head of a table of rows, in Markdown.
+    pub const HEAD: &str =
+        "| row | aim | reached (quartiles) | | beside what |\n|---|---|---|---|---|";
+
+    /// A line of that table.
+    #[must_use]
+    pub fn markdown(&self) -> String {
+        let Self {
+            name,
+            aim,
+            reached,
+            spread,
+            compared,
+            verdict,
+        } = self;
+        format!("| `{name}` | {aim} | {reached} ({spread}) | {verdict} | {compared} |")
+    }
+
     /// A row with a second aim, which is as good as its own.
     #[must_use]
     pub fn or(mut self, other: &Self) -> Self {
@@ -105,15 +133,10 @@ fn told(value: f64, unit: &str) -> String {
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = match self.verdict {
-            Verdict::Ok => "ok",
-            Verdict::Short => "short",
-            Verdict::Told => "told",
-        };
         write!(
             f,
-            "{:<34} aim {:<14} reached {:<14} {verdict:<6} [{}] {}",
-            self.name, self.aim, self.reached, self.spread, self.compared
+            "{:<34} aim {:<14} reached {:<14} {:<6} [{}] {}",
+            self.name, self.aim, self.reached, self.verdict, self.spread, self.compared
         )
     }
 }
