@@ -157,7 +157,7 @@ mod tests {
     use gleaner_bitmap::{BlockId, BlockInfo, DirtyStore, Harvester, PAGE_SIZE, SlotKey};
 
     use super::*;
-    use crate::{Capabilities, Mode, Region, Reset};
+    use crate::fake::FakeKvm;
 
     #[test]
     fn spans_cover_every_set_bit_and_are_no_longer_than_a_call_should_take() {
@@ -173,57 +173,6 @@ mod tests {
         words.fill(u64::MAX);
         let whole = [(0, 1024), (1024, 1024), (2048, 1024), (3072, 1024)];
         assert_eq!(pairs(&words), whole);
-    }
-
-    /// A KVM with one slot, which keeps what CLEAR was called for.
-    struct Cleared {
-        log: Vec<u64>,
-        calls: Mutex<Vec<PageRange>>,
-    }
-
-    impl Kvm for Cleared {
-        fn capabilities(&self) -> Capabilities {
-            Capabilities {
-                slot_limit: 1,
-                ring_bytes_max: 0,
-                manual_protect: true,
-                initially_set: false,
-                readonly: false,
-                slot_zap_all_quirk: false,
-            }
-        }
-
-        fn enable(&self, _: Mode) -> Result<()> {
-            Ok(())
-        }
-
-        fn set_region(&self, _: &'static str, _: &Region) -> Result<()> {
-            Ok(())
-        }
-
-        fn delete_region(&self, _: SlotKey) -> Result<()> {
-            Ok(())
-        }
-
-        fn get_dirty_log(&self, _: SlotKey, words: &mut [u64]) -> Result<()> {
-            words.copy_from_slice(&self.log);
-            Ok(())
-        }
-
-        fn clear_dirty_log(&self, _: SlotKey, range: PageRange, words: &[u64]) -> Result<()> {
-            let first = usize::try_from(range.first / 64).unwrap();
-            assert_eq!(words, &self.log[first..first + words.len()], "as fetched");
-            self.calls.lock().unwrap().push(range);
-            Ok(())
-        }
-
-        fn reset_dirty_rings(&self) -> Result<Reset> {
-            Ok(Reset::default())
-        }
-
-        fn set_manual_protect(&self, _: bool, _: bool) -> Result<()> {
-            Ok(())
-        }
     }
 
     /// The CLEAR calls of a harvest of a slot of `pages` pages, which lies `shift` pages into its block.
@@ -246,11 +195,16 @@ mod tests {
         for page in dirty {
             log[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
         }
-        let kvm = Arc::new(Cleared {
-            log,
-            calls: Mutex::default(),
-        });
-        let mut source = BitmapSource::new(Arc::clone(&kvm) as Arc<dyn Kvm>, true);
+        let calls = Arc::<Mutex<Vec<PageRange>>>::default();
+        let (told, as_fetched) = (Arc::clone(&calls), log.clone());
+        let clear = move |_: SlotKey, range: PageRange, words: &[u64]| {
+            let first = usize::try_from(range.first / 64).unwrap();
+            assert_eq!(words, &as_fetched[first..first + words.len()]);
+            told.lock().unwrap().push(range);
+            Ok(())
+        };
+        let kvm: Arc<dyn Kvm> = Arc::new(FakeKvm { log, clear });
+        let mut source = BitmapSource::new(kvm, true);
         let report = harvester.harvest(
             [&mut source as &mut dyn DirtySource],
             &layout,
@@ -258,7 +212,7 @@ mod tests {
             &DirtyStore::default(),
         );
         assert_eq!(report.unwrap().pages, dirty.len() as u64);
-        let calls = kvm.calls.lock().unwrap();
+        let calls = calls.lock().unwrap();
         calls.clone()
     }
 

@@ -18,6 +18,8 @@ mod calls;
 mod capabilities;
 mod dirty_ring;
 mod error;
+#[cfg(test)]
+mod fake;
 mod kvm;
 #[cfg(loom)]
 mod loom_atomic;

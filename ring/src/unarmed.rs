@@ -125,85 +125,52 @@ mod tests {
 
     use std::collections::BTreeSet;
     use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use gleaner_bitmap::{BlockInfo, PAGE_SIZE, Slot, SlotKey};
 
     use super::*;
-    use crate::{Capabilities, Error, Mode, Region, Reset};
+    use crate::Error;
+    use crate::fake::FakeKvm;
 
     const BLOCK: BlockId = BlockId(7);
 
-    /// A KVM that keeps which pages of which slot it was told to clear, and refuses the call of a number.
+    /// What a KVM was told to clear: which pages of which slots.
     #[derive(Default)]
-    struct Told {
-        cleared: Mutex<Vec<(SlotKey, u64)>>,
-        calls: Mutex<usize>,
-        refuses: Option<usize>,
-    }
+    struct Told(Mutex<Vec<(SlotKey, u64)>>);
 
     impl Told {
+        /// A KVM that notes it here, and refuses the call of a number.
+        fn kvm(&self, refuses: Option<usize>) -> impl Kvm + '_ {
+            let calls = AtomicUsize::new(0);
+            let clear = move |key, range: PageRange, words: &[u64]| {
+                if Some(calls.fetch_add(1, Ordering::Relaxed) + 1) == refuses {
+                    return Err(Error::Refused {
+                        reason: "asked for".into(),
+                    });
+                }
+                let size = slots().iter().find(|s| s.key == key).unwrap().range.pages;
+                assert_eq!(range.first % 64, 0);
+                assert!(range.pages % 64 == 0 || range.end() == size);
+                assert_eq!(words.len() as u64, range.pages.div_ceil(64));
+                let bits = PageBitmap::from_words(range.pages, words).unwrap();
+                let pages = bits.runs().flat_map(|run| run.first..run.end());
+                let mut told = self.0.lock().unwrap();
+                told.extend(pages.map(|page| (key, range.first + page)));
+                Ok(())
+            };
+            FakeKvm {
+                log: Vec::new(),
+                clear,
+            }
+        }
+
         /// What was cleared since the last time, each page once.
         fn take(&self) -> BTreeSet<(SlotKey, u64)> {
-            let cleared = std::mem::take(&mut *self.cleared.lock().unwrap());
+            let cleared = std::mem::take(&mut *self.0.lock().unwrap());
             let set: BTreeSet<_> = cleared.iter().copied().collect();
             assert_eq!(set.len(), cleared.len(), "a page was cleared twice");
             set
-        }
-    }
-
-    impl Kvm for Told {
-        fn capabilities(&self) -> Capabilities {
-            Capabilities {
-                slot_limit: 8,
-                ring_bytes_max: 0,
-                manual_protect: true,
-                initially_set: true,
-                readonly: true,
-                slot_zap_all_quirk: false,
-            }
-        }
-
-        fn enable(&self, _: Mode) -> Result<()> {
-            Ok(())
-        }
-
-        fn set_region(&self, _: &'static str, _: &Region) -> Result<()> {
-            Ok(())
-        }
-
-        fn delete_region(&self, _: SlotKey) -> Result<()> {
-            Ok(())
-        }
-
-        fn get_dirty_log(&self, _: SlotKey, _: &mut [u64]) -> Result<()> {
-            Ok(())
-        }
-
-        fn clear_dirty_log(&self, key: SlotKey, range: PageRange, words: &[u64]) -> Result<()> {
-            let mut calls = self.calls.lock().unwrap();
-            *calls += 1;
-            if Some(*calls) == self.refuses {
-                return Err(Error::Refused {
-                    reason: "asked for".into(),
-                });
-            }
-            let size = slots().iter().find(|s| s.key == key).unwrap().range.pages;
-            assert_eq!(range.first % 64, 0);
-            assert!(range.pages % 64 == 0 || range.end() == size);
-            assert_eq!(words.len() as u64, range.pages.div_ceil(64));
-            let bits = PageBitmap::from_words(range.pages, words).unwrap();
-            let pages = bits.runs().flat_map(|run| run.first..run.end());
-            let mut cleared = self.cleared.lock().unwrap();
-            cleared.extend(pages.map(|page| (key, range.first + page)));
-            Ok(())
-        }
-
-        fn reset_dirty_rings(&self) -> Result<Reset> {
-            Ok(Reset::default())
-        }
-
-        fn set_manual_protect(&self, _: bool, _: bool) -> Result<()> {
-            Ok(())
         }
     }
 
@@ -252,13 +219,14 @@ mod tests {
 
     #[test]
     fn a_part_is_armed_once_and_whole_in_each_slot_that_maps_it() {
-        let (kvm, layout) = (Told::default(), layout());
+        let (told, layout) = (Told::default(), layout());
+        let kvm = told.kvm(None);
         let mut unarmed = Unarmed::all(&layout);
         let mut arm = |first, pages| {
             unarmed
                 .arm(&kvm, &layout, BLOCK, PageRange::new(first, pages))
                 .unwrap();
-            kvm.take()
+            told.take()
         };
         assert_eq!(arm(PART + 3, 1), mapping(PART, 2 * PART));
         assert!(arm(2 * PART - 1, 1).is_empty(), "it is armed");
@@ -273,22 +241,21 @@ mod tests {
     #[test]
     fn what_a_call_refused_to_arm_is_unarmed_still() {
         let layout = layout();
-        let kvm = Told {
-            refuses: Some(2),
-            ..Told::default()
-        };
+        let told = Told::default();
+        let kvm = told.kvm(Some(2));
         let mut unarmed = Unarmed::all(&layout);
         let whole = PageRange::new(0, 3 * PART);
         // The second call of the first part, which two slots map.
         assert!(unarmed.arm(&kvm, &layout, BLOCK, whole).is_err());
-        kvm.take();
+        told.take();
         unarmed.arm(&kvm, &layout, BLOCK, whole).unwrap();
-        assert_eq!(kvm.take(), mapping(0, 3 * PART));
+        assert_eq!(told.take(), mapping(0, 3 * PART));
     }
 
     #[test]
     fn the_log_of_what_is_not_armed_is_masked_and_no_other() {
-        let (kvm, layout) = (Told::default(), layout());
+        let (told, layout) = (Told::default(), layout());
+        let kvm = told.kvm(None);
         let mut unarmed = Unarmed::all(&layout);
         let [_, slot, ..] = slots()[..] else {
             unreachable!("there are four")
