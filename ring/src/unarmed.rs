@@ -151,7 +151,7 @@ mod tests {
                 }
                 let size = slots().iter().find(|s| s.key == key).unwrap().range.pages;
                 assert_eq!(range.first % 64, 0);
-                assert!(range.pages % 64 == 0 || range.end() == size);
+                assert!(range.pages.is_multiple_of(64) || range.end() == size);
                 assert_eq!(words.len() as u64, range.pages.div_ceil(64));
                 let bits = PageBitmap::from_words(range.pages, words).unwrap();
                 let pages = bits.runs().flat_map(|run| run.first..run.end());
