@@ -91,11 +91,10 @@ impl World {
             Ok(()) => {
                 self.transactions += 1;
                 if let Some(added) = blocks.added {
-                    let dirty: Vec<u64> = (0..64).filter(|c| self.starts_dirty(*c)).collect();
                     let mut stage = self.actors.stage();
                     stage
                         .oracle
-                        .add_block(added.id(), added.info().pages, |c| dirty.contains(&c));
+                        .add_block(added.id(), added.info().pages, |c| self.starts_dirty(c));
                     drop(stage);
                     self.blocks.push(added);
                 }

@@ -124,6 +124,8 @@ pub struct Watched {
     pub faults: Faults,
     /// Harvests so far.
     pub harvests: u64,
+    /// Pages of a lease, at most: a round of several of them is harvested on its way.
+    pub most: u64,
     /// Pages of leases that have not ended.
     pub leases: BTreeMap<LeaseId, Vec<Extent>>,
 }
@@ -152,7 +154,7 @@ impl Source for Watched {
     }
 
     fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
-        let lease = self.inner.lease(max_pages)?;
+        let lease = self.inner.lease(max_pages.min(self.most))?;
         if let Some(lease) = &lease {
             let extents: Vec<Extent> = lease.parts.iter().map(|p| p.extent()).collect();
             let mut stage = self.actors.stage();

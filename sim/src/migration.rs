@@ -183,6 +183,10 @@ fn attempt(
         }
     };
     world.calm();
+    let most = match world.random.below(17) {
+        0 => u64::MAX,
+        pages => pages,
+    };
     let mut source = Watched {
         inner,
         number,
@@ -190,6 +194,7 @@ fn attempt(
         kvm: world.kvm.clone(),
         faults: plan.ends,
         harvests: 0,
+        most,
         leases: BTreeMap::new(),
     };
     let id = identity(&mut world.random);
