@@ -6,7 +6,7 @@ use gleaner_bitmap::{PAGE_SIZE, PageRange};
 use serde::Serialize;
 
 use crate::patience::TICK;
-use crate::policy::rehearsal::{Course, Road, rehearse};
+use crate::policy::rehearsal::{Course, Leg, Road, rehearse};
 use crate::policy::{Bounds, Curve, Goal, ThrottleGoal, Verdict, decide};
 use crate::units::Seconds;
 use crate::{CancelToken, Clock, Error, LeasedPart, Result, Source, Throttle, Throttles};
@@ -243,16 +243,26 @@ impl Scene {
             rate: self.bandwidth.max(1) as f64 / PAGE,
             round_trip,
             harvest: self.harvest.as_secs_f64(),
+            early: true,
         };
-        let dirtied = |from: f64, to: f64, throttle| match throttle {
-            Throttle::Off => pages(to - from),
-            Throttle::All { percent } => pages((to - from) * (1.0 - f64::from(percent) / 100.0)),
+        let dirtied = |time: f64, throttle| match throttle {
+            Throttle::Off => pages(time),
+            Throttle::All { percent } => pages(time * (1.0 - f64::from(percent) / 100.0)),
             Throttle::Writers { pages_per_second } => {
-                pages(to - from).min(pages_per_second.get() as f64 * (to - from))
+                pages(time).min(pages_per_second.get() as f64 * time)
             }
         };
+        // Of the pages that are sent, each part may be written from its turn on; the others all the time. The guest is taken
+        // to write to the ones as to the others.
+        let left = |leg: Leg| {
+            let (time, parts) = (leg.to - leg.from, leg.parts());
+            let after = |n: u32| dirtied(time * f64::from(n) / f64::from(parts), leg.throttle);
+            let sent = (1..=parts).map(after).sum::<f64>() / f64::from(parts);
+            let share = (leg.pages / (self.data_pages as f64).max(1.0)).min(1.0);
+            share * sent + (1.0 - share) * after(parts)
+        };
         let decide = |history: &_| decide(history, &endless);
-        rehearse(road, self.data_pages as f64, ROUNDS, dirtied, decide)
+        rehearse(road, self.data_pages as f64, ROUNDS, left, decide)
     }
 }
 

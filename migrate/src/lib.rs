@@ -49,6 +49,7 @@ mod connector;
 mod destination;
 mod digest;
 mod dry_run;
+mod early;
 mod error;
 mod handed;
 mod handover;

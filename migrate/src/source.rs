@@ -36,8 +36,19 @@ pub trait Source: Send {
     /// Why it failed; no dirty page is lost.
     fn harvest(&mut self) -> Result<Harvested>;
 
+    /// As [`Source::harvest`], while a round goes on and some of its pages are on lease: what was written before it is leased
+    /// goes as it is then, and not once more in the next round. `None` of a source that would rather not. It is
+    /// [`Source::harvest`] unless it is overridden.
+    ///
+    /// # Errors
+    /// As [`Source::harvest`].
+    fn harvest_early(&mut self) -> Result<Option<Harvested>> {
+        self.harvest().map(Some)
+    }
+
     /// Takes up to `max_pages` dirty pages on lease; `None` when none is free. A page of an unfinished lease is never
-    /// in another one.
+    /// in another one. A lease goes on where the last one ended, and from the end of memory to its start: else pages that
+    /// are written all the time would go instead of those that wait.
     ///
     /// # Errors
     /// Why it failed; nothing was leased.

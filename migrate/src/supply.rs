@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use gleaner_bitmap::{Generation, Layout};
 
+use crate::early::{Early, LEASE_PAGES};
 use crate::job::{self, Job};
 use crate::watch::Watch;
 use crate::{Error, Harvested, LeaseId, LeasedPart, PageLease, Result, Source};
 
-/// Pages in a lease: 16 MiB for each connection, up to a number of them.
-const LEASE_PAGES: u64 = 4096;
+/// Connections that a lease is for, at most.
 const MOST_SHARES: u64 = 4;
 /// Pages that are worth a connection's while.
 const LEAST_JOB: u64 = 16;
@@ -49,6 +49,7 @@ pub(crate) struct Supply<'a> {
     ahead: Option<Layout>,
     /// A lease under that layout.
     held: Option<PageLease>,
+    early: Early,
     watch: Watch,
 }
 
@@ -66,6 +67,7 @@ impl<'a> Supply<'a> {
             same: Generation::default(),
             ahead: None,
             held: None,
+            early: Early::new(watch.clock()),
             watch,
         }
     }
@@ -75,6 +77,7 @@ impl<'a> Supply<'a> {
         self.left = limit.unwrap_or(u64::MAX);
         self.all = limit.is_none();
         self.leased = 0;
+        self.early.begin(limit);
         self.watch.begin();
     }
 
@@ -92,12 +95,17 @@ impl<'a> Supply<'a> {
             if self.ahead.is_some() || self.left == 0 || over {
                 return Ok(Next::Nothing);
             }
+            if self.early.is_due() {
+                self.harvest_early()?;
+                continue; // it may have shown another layout
+            }
             let most = LEASE_PAGES * self.lanes.min(MOST_SHARES);
             match self.source.lease(self.left.min(most))? {
                 Some(lease) => {
                     self.open.insert(lease.id, 0);
                     let pages = lease.pages();
                     self.leased += pages;
+                    self.early.took(pages);
                     self.left = self.left.saturating_sub(pages);
                     if !self.all {
                         self.watch.tick(self.leased, self.left);
@@ -151,6 +159,15 @@ impl<'a> Supply<'a> {
         let harvested = self.source.harvest()?;
         self.needs_layout(harvested.generation)?;
         Ok(harvested)
+    }
+
+    /// The same while a round goes on: what was written before its turn need not go again.
+    fn harvest_early(&mut self) -> Result<()> {
+        let source = &mut self.source;
+        if let Some(harvested) = self.early.harvest(|| source.harvest_early())? {
+            self.needs_layout(harvested.generation)?;
+        }
+        Ok(())
     }
 
     /// Notes whether the destination needs another layout before memory can be handed over under it: slots count too.

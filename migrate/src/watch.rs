@@ -80,6 +80,11 @@ impl Watch {
         }
     }
 
+    /// What it looks at.
+    pub(crate) fn clock(&self) -> Clock {
+        self.clock.clone()
+    }
+
     /// A round begins.
     pub(crate) fn begin(&mut self) {
         self.round += 1;

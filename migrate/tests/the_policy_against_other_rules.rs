@@ -121,21 +121,33 @@ fn told(name: &str, of: &[&Compared], by: impl Fn(&Compared) -> &Outcome) {
     );
 }
 
-/// The number of rounds, the same for all of these, that keeps the limit most often, and the fewest bytes among such: the
-/// rounds, per cent of these that it keeps the limit for, bytes in times the memory.
-fn best_fixed(of: &[&Compared]) -> (usize, f64, f64) {
+/// The number of rounds, the same for all of these, that keeps the limit most often.
+struct Fixed {
+    rounds: usize,
+    /// Of these, in per cent.
+    kept: f64,
+    /// Where it does: bytes that it sends, and that the policy does, in times the memory.
+    bytes: f64,
+    gleaner: f64,
+}
+
+/// Of several, the one that sends the fewest bytes.
+fn best_fixed(of: &[&Compared]) -> Fixed {
     let by = |n: usize| {
-        let kept = share(of, |c| c.fixed[n].overshoot_ms == 0.0);
-        (
-            n + 1,
-            kept,
-            mean(of.iter().map(|c| c.fixed[n].bytes / c.memory)),
-        )
+        let keeps = |c: &&&Compared| c.fixed[n].overshoot_ms == 0.0;
+        let kept = || of.iter().filter(keeps);
+        Fixed {
+            rounds: n + 1,
+            kept: share(of, |c| keeps(&&c)),
+            bytes: mean(kept().map(|c| c.fixed[n].bytes / c.memory)),
+            gleaner: mean(kept().map(|c| c.gleaner.bytes / c.memory)),
+        }
     };
-    let better = |a: &(usize, f64, f64), b: &(usize, f64, f64)| {
-        (a.1, -a.2).partial_cmp(&(b.1, -b.2)).unwrap()
-    };
-    (0..FIXED as usize).map(by).max_by(better).unwrap()
+    let better = |a: &Fixed, b: &Fixed| (a.kept, -a.bytes).partial_cmp(&(b.kept, -b.bytes));
+    (0..FIXED as usize)
+        .map(by)
+        .max_by(|a, b| better(a, b).unwrap())
+        .unwrap()
 }
 
 fn the_policy_holds(count: u64) {
@@ -168,13 +180,20 @@ fn the_policy_holds(count: u64) {
     println!(
         "oscillating: {bytes:.3} times the memory sent on average; one round and what it leaves: {first:.3}"
     );
-    let (rounds, kept, fixed) = best_fixed(&swinging);
-    let fewer = (1.0 - bytes / fixed) * 100.0;
+    let best = best_fixed(&swinging);
+    let fewer = (1.0 - best.gleaner / best.bytes) * 100.0;
+    let again = (1.0 - (best.gleaner - 1.0) / (best.bytes - 1.0)) * 100.0;
     println!(
-        "oscillating: {rounds} rounds keep the limit for {kept:.1} %: {fixed:.3}; the policy sends {fewer:.1} % less"
+        "oscillating: {} rounds keep the limit for {:.1} %, and send {:.3} times the memory there; the policy {:.3}: \
+         {fewer:.1} % less, {again:.1} % less of what is sent again; each page once alone would be {:.1} % less",
+        best.rounds,
+        best.kept,
+        best.bytes,
+        best.gleaner,
+        (1.0 - 1.0 / best.bytes) * 100.0
     );
-    // The policy keeps it for all of these.
-    assert!(kept < 100.0 || bytes <= fixed, "{bytes} {fixed}");
+    // The policy keeps it for all of these. Every page has to be sent once, whatever the rule.
+    assert!(again >= 30.0, "{again}");
     // Of those that end by themselves none is over the limit but by what the stop itself may vary; throttled, all end.
     let over = all
         .iter()

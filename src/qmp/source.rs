@@ -44,6 +44,11 @@ impl Source for Monitored {
         Ok(harvested)
     }
 
+    // No pass: what is left to this one is not known by it.
+    fn harvest_early(&mut self) -> Result<Option<Harvested>> {
+        self.source.harvest_early()
+    }
+
     fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
         self.source.lease(max_pages)
     }

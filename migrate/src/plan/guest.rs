@@ -3,9 +3,10 @@
 use gleaner_bitmap::{PageBitmap, PageRange};
 
 use crate::Throttle;
+use crate::policy::rehearsal::Leg;
 use crate::trace::{Trace, TraceRecord, TraceRuns, scatter};
 
-/// Where a guest is in its trace, and what it has dirtied since the latest harvest.
+/// Where a guest is in its trace, and what is dirty: at first all of it.
 pub(super) struct TracedGuest<'a> {
     trace: &'a Trace,
     /// Microseconds of the guest's own time, passes through the whole trace included.
@@ -13,6 +14,14 @@ pub(super) struct TracedGuest<'a> {
     /// Followed pages.
     dirty: PageBitmap,
     count: u64,
+    /// The followed page after the last one that was sent.
+    next: u64,
+}
+
+/// So much of a number, as a whole one.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // of less than all of it
+fn share(all: u64, share: f64) -> u64 {
+    ((all as f64 * share).round() as u64).min(all)
 }
 
 /// No vCPU sleeps more than 99 % of its time.
@@ -62,21 +71,63 @@ impl<'a> TracedGuest<'a> {
         Self {
             trace,
             now: 0.0,
-            dirty: PageBitmap::new(trace.followed_pages()),
-            count: 0,
+            dirty: PageBitmap::all_set(trace.followed_pages()),
+            count: trace.followed_pages(),
+            next: 0,
         }
     }
 
-    /// Lets so many seconds pass, and returns how many pages were dirtied in them.
-    pub(super) fn dirtied(&mut self, seconds: f64, throttle: Throttle) -> f64 {
-        self.dirty.clear();
-        self.count = 0;
+    /// Lets a round pass, and returns how many pages are dirty after it. Each part of it is sent as it is dirty then.
+    pub(super) fn round(&mut self, leg: Leg) -> f64 {
+        let (all, parts) = (self.count, leg.parts());
+        let mut sent = 0;
+        for part in 1..parts {
+            let until = share(all, leg.part * f64::from(part) / leg.pages);
+            self.send(until - sent);
+            sent = until;
+            self.pass(leg.part_seconds, leg.throttle);
+        }
+        self.send(all - sent);
+        let rest = leg.to - leg.from - leg.part_seconds * f64::from(parts - 1);
+        self.pass(rest, leg.throttle);
+        self.pages(self.count)
+    }
+
+    fn pass(&mut self, seconds: f64, throttle: Throttle) {
         let until = self.after(seconds, throttle);
         for piece in self.pieces(self.now, until) {
             self.write(&piece, |_| ());
         }
         self.now = until;
+    }
+
+    /// All that is dirty is sent, and then so many seconds pass: returns how many pages were dirtied in them.
+    #[cfg(test)]
+    pub(super) fn dirtied(&mut self, seconds: f64, throttle: Throttle) -> f64 {
+        self.send(self.count);
+        self.pass(seconds, throttle);
         self.pages(self.count)
+    }
+
+    /// The next so many dirty pages are clean.
+    fn send(&mut self, mut followed: u64) {
+        let end = self.dirty.pages();
+        for part in [
+            PageRange::new(self.next, end - self.next),
+            PageRange::new(0, self.next),
+        ] {
+            let runs: Vec<_> = self.dirty.runs_in(part).collect();
+            for run in runs {
+                if followed == 0 {
+                    return;
+                }
+                let sent = PageRange::new(run.first, run.pages.min(followed));
+                self.dirty.clear_range(sent);
+                self.count -= sent.pages;
+                followed -= sent.pages;
+                self.next = sent.end();
+            }
+        }
     }
 
     /// Pages that so many seconds more would make dirty, beside those that are.

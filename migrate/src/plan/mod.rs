@@ -7,6 +7,8 @@
 //!                    Rule: decide(), or another ----+
 //! ```
 //!
+//! * Rounds of the sender, and the clairvoyant's, are harvested while they go on: up to 16 times. Those of other rules are
+//!   harvested when they are over.
 //! * All memory has contents, and nothing is compressed: a trace does not tell of that.
 //! * A page that was dirtied in an interval of the trace was dirtied at one moment of it, any; one that was dirtied in the
 //!   two intervals before as well, and in the two after, is taken to be written all the time.

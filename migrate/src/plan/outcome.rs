@@ -72,11 +72,12 @@ impl Terms {
         self.bandwidth.max(1) as f64 / PAGE_SIZE as f64
     }
 
-    fn road(&self, trace: &Trace) -> Road {
+    fn road(&self, trace: &Trace, early: bool) -> Road {
         Road {
             rate: self.pages_per_second(),
             round_trip: self.round_trip.as_secs_f64(),
             harvest: HARVEST + HARVEST_PAGE * trace.total_pages() as f64,
+            early,
         }
     }
 }
@@ -85,7 +86,12 @@ impl Terms {
 /// [`Terms::horizon`] if not before.
 #[must_use]
 pub fn replay(trace: &Trace, terms: &Terms, rule: Rule) -> Outcome {
-    let road = terms.road(trace);
+    replay_in(trace, terms, rule, rule.harvests_early())
+}
+
+/// In rounds that are harvested while they go on, or not.
+pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -> Outcome {
+    let road = terms.road(trace, early);
     let pages = trace.total_pages();
     let goal = Goal {
         downtime_limit: terms.downtime_limit,
@@ -100,7 +106,7 @@ pub fn replay(trace: &Trace, terms: &Terms, rule: Rule) -> Outcome {
         road,
         pages as f64,
         u32::MAX,
-        |from, to, throttle| guest.borrow_mut().dirtied(to - from, throttle),
+        |leg| guest.borrow_mut().round(leg),
         |history| {
             chooser.choose(history, || {
                 let late = guest.borrow_mut().more(road.stopping(), history.throttle);

@@ -25,8 +25,9 @@ pub enum Rule {
     Qemu,
     /// After the first round that leaves no less than the one before.
     LocalMinimum,
-    /// It knows the downtime that each moment would have, and stops the guest at the first one within the limit. Nobody who
-    /// sends in rounds and does not throttle sends less: each further moment has only more to send again.
+    /// It knows the downtime that each end of a round would have, and stops the guest at the first one within the limit. Its
+    /// rounds are those of [`Rule::Gleaner`]; nobody who sends in them and does not throttle sends less: each further one
+    /// has only more to send again.
     Clairvoyant,
 }
 
@@ -46,6 +47,17 @@ impl Rule {
         Self::LocalMinimum,
         Self::Clairvoyant,
     ];
+}
+
+impl Rule {
+    /// Whether its rounds are harvested while they go on, as those of [`Sender`](crate::Sender). The others stand for VMMs
+    /// that ask for what is dirty between two rounds.
+    pub(super) const fn harvests_early(self) -> bool {
+        matches!(
+            self,
+            Self::Gleaner | Self::GleanerThrottling | Self::Clairvoyant
+        )
+    }
 }
 
 impl fmt::Display for Rule {

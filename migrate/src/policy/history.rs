@@ -17,9 +17,10 @@ pub struct Round {
     pub bytes: u64,
     /// Seconds from its first lease to its last acknowledgement.
     pub seconds: f64,
-    /// Pages dirty after it: the harvest at its end found them.
+    /// Pages dirty after it. Those that were written before their turn, and not since, are not among them where harvests
+    /// while it went on told so.
     pub dirty_pages: u64,
-    /// Seconds between that harvest and the one before.
+    /// Seconds between the harvest at its end and the one at its beginning.
     pub dirty_seconds: f64,
 }
 
@@ -115,7 +116,7 @@ impl History {
         self.rounds.back().map_or(0.0, |last| last.round.seconds)
     }
 
-    /// Seconds between the last two harvests; none before the first round.
+    /// Seconds between the last two ends of rounds; none before the first round.
     pub(crate) fn dirty_seconds(&self) -> f64 {
         self.rounds
             .back()
@@ -143,7 +144,7 @@ impl History {
         self.rounds.iter().rev().take_while(alike).count()
     }
 
-    /// Pages dirtied a second in the last round; 0 before the first one.
+    /// Pages dirtied a second in the last round, as far as they are to be sent again; 0 before the first one.
     #[must_use]
     pub fn dirty_pages_per_second(&self) -> f64 {
         self.rounds.back().map_or(0.0, |last| dirtied(&last.round))

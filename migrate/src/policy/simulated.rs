@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 pub(super) use super::rehearsal::Road;
-use super::rehearsal::rehearse;
+use super::rehearsal::{Leg, rehearse};
 use super::{Decision, Goal, History, Verdict};
 use crate::{Throttle, Throttles};
 
@@ -24,6 +24,7 @@ pub(super) const ROAD: Road = Road {
     rate: 100_000.0,
     round_trip: 0.001,
     harvest: 0.002,
+    early: false,
 };
 
 /// How it went.
@@ -65,8 +66,8 @@ impl Guest {
         rounds: u32,
         choose: impl FnMut(&History) -> Decision,
     ) -> Course {
-        let dirtied = |from, to, throttle| self.dirtied(from, to, throttle);
-        let went = rehearse(road, self.pages, rounds, dirtied, choose);
+        let left = |leg: Leg| self.dirtied(leg.from, leg.to, leg.throttle);
+        let went = rehearse(road, self.pages, rounds, left, choose);
         let mut downtime = 0.0;
         if went.last.verdict == Verdict::SwitchOver {
             let stopped = went.seconds + road.stopping();

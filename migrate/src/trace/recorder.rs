@@ -15,7 +15,9 @@ use crate::{Clock, Harvested, LeaseId, Memory, PageLease, Result, Source, Thrott
 /// dirtied between that harvest and the one before. Where nothing was leased between two harvests, as before the guest is
 /// stopped, both intervals are one.
 ///
-/// Its intervals are the rounds of the sender, so the first one is as long as it takes to send all memory. What a harvest
+/// Its intervals are the rounds of the sender, so the first one is as long as it takes to send all memory. No round is
+/// harvested while it goes on: what was found then could not be told from what was dirty before. So a migration sends some
+/// pages more for being recorded. What a harvest
 /// finds and nobody leases, as where a migration is called off, is not in the trace. Nor is a trace worth a migration: when
 /// it can't be written, it ends and says so once, as [`Recorder::failure`] and in the log.
 pub struct Recorder<'a, W> {
@@ -126,6 +128,10 @@ impl<W: Write + Send> Source for Recorder<'_, W> {
         self.harvested = Some(now);
         self.waiting = harvested.dirty_pages > 0;
         Ok(harvested)
+    }
+
+    fn harvest_early(&mut self) -> Result<Option<Harvested>> {
+        Ok(None)
     }
 
     fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
