@@ -73,17 +73,25 @@ impl<'m> Batch<'m> {
     }
 
     /// Pages that the next frame still takes, at least one.
-    pub(crate) fn room<C: Channel + ?Sized>(&mut self, link: &mut Link<C>) -> Result<u64> {
-        if self.count >= self.most || self.extents.len() >= MAX_EXTENTS {
-            self.flush_pages(link)?;
-        }
-        Ok(self.most - self.count)
+    pub(crate) const fn room(&self) -> u64 {
+        self.most - self.count
     }
 
-    pub(crate) fn pages(&mut self, extent: Extent, piece: VolatileSlice<'m>) {
+    /// No more of them than there is [`room`](Self::room) for. A frame that is full is sent at once: what was searched for
+    /// zeros a moment ago is in the cache then.
+    pub(crate) fn pages<C: Channel + ?Sized>(
+        &mut self,
+        link: &mut Link<C>,
+        extent: Extent,
+        piece: VolatileSlice<'m>,
+    ) -> Result<()> {
         self.count += extent.range.pages;
         self.extents.push(extent);
         self.pieces.push(piece);
+        if self.count >= self.most || self.extents.len() >= MAX_EXTENTS {
+            self.flush_pages(link)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn zeros<C: Channel + ?Sized>(

@@ -128,7 +128,7 @@ fn send_parts<'m, C: Channel + ?Sized>(
                 return batch.zeros(link, Extent { block, range: run });
             }
             while run.pages > 0 {
-                let take = run.pages.min(batch.room(link)?);
+                let take = run.pages.min(batch.room());
                 let range = PageRange::new(run.first, take);
                 let offset = bytes(range.first - whole.first)?;
                 let piece = memory
@@ -137,7 +137,7 @@ fn send_parts<'m, C: Channel + ?Sized>(
                         what: "of a lease can't be reached",
                         detail: e.to_string(),
                     })?;
-                batch.pages(Extent { block, range }, piece);
+                batch.pages(link, Extent { block, range }, piece)?;
                 run = PageRange::new(run.first + take, run.pages - take);
             }
             Ok(())

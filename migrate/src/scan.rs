@@ -10,8 +10,12 @@ use crate::{Error, LeasedPart, Result};
 /// How far ahead pages are announced, in bytes: as many cache misses as a core has under way at a time.
 const AHEAD: usize = 16 * PAGE;
 
-/// Cuts the pages of `part`, whose contents are `memory`, into runs of pages that are zero (`true`) and that are not.
-/// Holes of the memory are zero without being read.
+/// Pages with contents that are searched before they are handed on: a quarter of a frame. A whole lease of them would be out of
+/// the cache before it is sent, and memory be read twice.
+const AT_ONCE: u64 = 64;
+
+/// Cuts the pages of `part`, whose contents are `memory`, into runs of pages that are zero (`true`) and that are not, of
+/// [`AT_ONCE`] at most. Holes of the memory are zero without being read.
 ///
 /// A page that is written while it is looked at may end up on either side: it was re-armed before it was leased, so it
 /// comes again.
@@ -24,7 +28,7 @@ pub(crate) fn runs(
     let mut run = PageRange::new(all.first, 0);
     let mut zero = false;
     let mut add = |now: bool, page: u64, pages: u64| -> Result<()> {
-        if now != zero && run.pages > 0 {
+        if run.pages > 0 && (now != zero || !now && run.pages >= AT_ONCE) {
             each(run, zero)?;
             run = PageRange::new(page, 0);
         }
@@ -106,6 +110,15 @@ mod tests {
             (109, 1, false),
         ];
         assert_eq!(found(memory, 100, 10), expected);
+    }
+
+    #[test]
+    fn contents_are_handed_on_while_they_are_in_the_cache() {
+        let memory = MappedMemory::anonymous(400).unwrap();
+        fill(&memory, &(0..200).map(|page| (page, 0)).collect::<Vec<_>>());
+        let mut expected: Vec<_> = (0..3).map(|n| (n * AT_ONCE, AT_ONCE, false)).collect();
+        expected.extend([(192, 8, false), (200, 200, true)]);
+        assert_eq!(found(memory, 0, 400), expected);
     }
 
     #[test]
