@@ -50,7 +50,11 @@ fn a_dry_run_tells_whether_it_would_converge_and_sends_nothing() {
 #[test]
 fn a_dry_run_needs_no_destination() {
     let place = Place::new();
-    let guest = Guest::start(&place, &["--backend", "model"]);
+    // A guest that nothing is plugged into keeps its size.
+    let guest = Guest::start(
+        &place,
+        &["--backend", "model", "--churn-kinds", "split,merge"],
+    );
     let ended = run(&["send", "--control", &guest.control, "--dry-run"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     for part in [
