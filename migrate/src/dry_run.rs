@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::patience::TICK;
 use crate::policy::rehearsal::{Course, Leg, Road, rehearse};
-use crate::policy::{Bounds, Curve, Goal, ThrottleGoal, Verdict, decide};
+use crate::policy::{Bounds, Curve, Goal, ThrottleGoal, Verdict, decide, milliseconds, obstacle};
 use crate::units::Seconds;
 use crate::{CancelToken, Clock, Error, LeasedPart, Result, Source, Throttle, Throttles};
 
@@ -43,9 +43,12 @@ pub struct Sample {
 pub struct Forecasts {
     /// Rounds, the last one with the guest stopped included, likely.
     pub rounds: u32,
-    /// Time from start to end, in milliseconds. Infinite, which JSON writes as null: it does not end by itself.
+    /// Time from start to end, in milliseconds. Infinite: it does not end by itself. JSON has null for that, and for what is
+    /// over a year, here and in the downtime; `told` has it in words.
+    #[serde(serialize_with = "milliseconds")]
     pub total_ms: Bounds,
     /// Time in which the guest runs nowhere, in milliseconds.
+    #[serde(serialize_with = "milliseconds")]
     pub downtime_ms: Bounds,
     /// Bytes of page contents, infinite as the time is.
     pub bytes: Bounds,
@@ -205,7 +208,19 @@ impl Scene {
         let total = of(total);
         let in_time = |seconds: f64| goal.timeout.is_none_or(|most| seconds < most.as_secs_f64());
         let converges = likely.last.verdict == Verdict::SwitchOver;
-        let mut reason = likely.last.reason.clone();
+        // The downtime is told once, with the bounds of all three.
+        let mut reason = if converges {
+            let limit = Seconds(goal.downtime_limit.as_secs_f64());
+            format!("what is left in the end goes over within the limit of {limit}")
+        } else {
+            obstacle(
+                &likely.history,
+                &Goal {
+                    timeout: None,
+                    ..goal
+                },
+            )
+        };
         if converges && let Some(most) = goal.timeout.filter(|_| !in_time(total.likely)) {
             let (takes, most) = (Seconds(total.likely), Seconds(most.as_secs_f64()));
             reason = format!("{reason}; but it takes {takes}, and the time limit is {most}");
@@ -359,6 +374,16 @@ mod tests {
         assert_eq!(found.forecast.bytes.likely, f64::from(1 << 29));
         let total = found.forecast.total_ms;
         assert!(2000.0 < total.low && total.high < 2500.0, "{total:?}");
+    }
+
+    #[test]
+    fn the_downtime_is_told_once() {
+        // Within the limit, and not: in the reason it would have other bounds than in the forecast.
+        for bandwidth in [200 << 20, 100 << 20] {
+            let found = run(|_| 10_000.0, GOAL, bandwidth);
+            assert!(!found.reason.contains("the guest for"), "{found:?}");
+            assert!(!found.reason.contains(" to "), "{found:?}");
+        }
     }
 
     #[test]

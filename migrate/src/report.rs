@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::policy::{Bounds, Curve, Forecast, Verdict};
+use crate::policy::{Bounds, Curve, Forecast, Verdict, some_milliseconds};
 use crate::{Error, MigrationId, Throttle};
 
 /// How a migration ended.
@@ -61,9 +61,11 @@ pub struct Progress {
     /// Pages dirtied a second while it lasted.
     pub dirty_pages_per_second: f64,
     /// The downtime that a switchover now would cost, in milliseconds, when it can be told.
+    #[serde(serialize_with = "some_milliseconds")]
     pub forecast_downtime_ms: Option<Bounds>,
-    /// The time from start to end if it goes on like this, in milliseconds, when it can be told; infinite, which JSON writes
-    /// as null: it does not end by itself.
+    /// The time from start to end if it goes on like this, in milliseconds, when it can be told; infinite: it does not end by
+    /// itself. JSON has null for that, and for what is over a year.
+    #[serde(serialize_with = "some_milliseconds")]
     pub forecast_total_ms: Option<Bounds>,
     /// What slowed the guest down while it lasted.
     pub throttle: Throttle,
@@ -130,6 +132,7 @@ pub struct Report {
     /// Time that comparing took, in milliseconds; it is part of the downtime.
     pub verify_ms: f64,
     /// What it was expected to be when the guest was stopped, in milliseconds.
+    #[serde(serialize_with = "some_milliseconds")]
     pub forecast_downtime_ms: Option<Bounds>,
     /// By how many milliseconds it was longer than likely then, without the time that comparing took; less than 0: shorter.
     pub forecast_error_ms: Option<f64>,

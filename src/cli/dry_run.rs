@@ -104,19 +104,9 @@ fn told(found: &DryRun, assumed: bool) -> String {
 }
 
 fn time(ms: Bounds) -> String {
-    let [likely, low, high] = [ms.likely, ms.low, ms.high].map(|ms| known(ms, Seconds(ms / 1e3)));
-    format!("{likely} ({low} to {high})")
+    ms.told(|ms| Seconds(ms / 1e3).to_string())
 }
 
 fn amount(bytes: Bounds) -> String {
-    let [likely, low, high] = [bytes.likely, bytes.low, bytes.high].map(|n| known(n, Bytes(n)));
-    format!("{likely} ({low} to {high})")
-}
-
-fn known(number: f64, text: impl std::fmt::Display) -> String {
-    if number.is_finite() {
-        text.to_string()
-    } else {
-        "without end".into()
-    }
+    bytes.told(|n| Bytes(n).to_string())
 }

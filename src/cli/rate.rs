@@ -40,7 +40,7 @@ const SAMPLED_DURATION: Duration = Duration::from_secs(20);
 /// The command's options.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example: gleaner rate --control /tmp/g.sock --duration 30s --bandwidth 1G --svg rate.svg\nFor `gleaner plan`: gleaner rate --control /tmp/g.sock --duration 1m --record guest.trace\nFor Prometheus: gleaner rate --control /tmp/g.sock --serve 9187\nOf any VMM: gleaner rate --pid $(pidof qemu-system-x86_64)\n\nWith --control it is exact: every page written is counted, also beside a migration. With --pid it is sampled, and each figure comes with an interval that holds the truth with 95 % certainty; a page that is written with what it held is not seen. Ctrl-C ends it early, with what was found until then."
+    after_help = "Example: gleaner rate --control /tmp/g.sock --duration 30s --bandwidth 1G --svg rate.svg\nFor `gleaner plan`: gleaner rate --control /tmp/g.sock --duration 1m --record guest.trace\nFor Prometheus: gleaner rate --control /tmp/g.sock --serve 9187\nOf any VMM: gleaner rate --pid $(pidof qemu-system-x86_64)\n\nWith --control it is exact: every page written is counted, also beside a migration. With --pid it is sampled; a page that is written with what it held is not seen.\n\nBounds are of 95 % everywhere: \"43 ms (36 ms to 60 ms)\" is within them with 95 % certainty, as far as what was seen tells, and 95 % of what varies by ±5 MiB lie so near to the mean. A time over a year, or without end, is null in JSON, with words beside it. Ctrl-C ends it early, with what was found until then."
 )]
 pub struct Rate {
     /// Socket of the service.
@@ -220,6 +220,8 @@ impl Found<'_> {
             all.extend(more);
         }
         if let Some(Value::Object(verdict)) = object.get_mut("verdict") {
+            let word = self.verdict.as_ref().map(Verdict::word);
+            verdict.insert("word".into(), word.into());
             verdict.insert("bandwidth_assumed".into(), self.assumed.into());
         }
         object

@@ -6,8 +6,6 @@ use gleaner_migrate::policy::Bounds;
 
 use super::CurvePoint;
 
-/// Bounds are that many standard deviations from the mean.
-const DEVIATIONS: f64 = 2.0;
 /// What is not known after a single window, as a natural logarithm; less by as much as there are more, side by side.
 const UNKNOWN: f64 = 0.6;
 
@@ -30,7 +28,7 @@ impl Dirtied {
             let seconds = point.measured_ms / 1e3;
             let windows = (duration.as_secs_f64() / seconds).floor().max(1.0);
             let unknown = point.pages * ((UNKNOWN / windows).exp() - 1.0);
-            let off = unknown.max(DEVIATIONS * point.deviation);
+            let off = unknown.max(Bounds::DEVIATIONS * point.deviation);
             // A sample has bounds of its own.
             let [low, high] = point.interval95;
             let below = off.hypot(point.pages - low);
@@ -134,8 +132,11 @@ mod tests {
     fn a_guest_that_varies_has_wide_bounds() {
         let points = [point(100.0, 1000.0, 300.0), point(1000.0, 5000.0, 100.0)];
         let varying = Dirtied::of(&points, Duration::from_secs(1000), 1_000_000);
-        assert_eq!(varying.pages(0.1), Bounds::new(400.0, 1000.0, 1600.0));
-        assert_eq!(varying.pages(1.0), Bounds::new(4800.0, 5000.0, 5200.0));
+        // 1.96 deviations.
+        let found = varying.pages(0.1);
+        assert_eq!((found.low.round(), found.high.round()), (412.0, 1588.0));
+        let found = varying.pages(1.0);
+        assert_eq!((found.low.round(), found.high.round()), (4804.0, 5196.0));
     }
 
     #[test]

@@ -64,6 +64,11 @@ fn the_object_has_what_scripts_read() {
     );
     assert!(number(&report["windows"]["samples"]) >= 4.0, "{report}");
     assert_eq!(report["verdict"]["converges"], true, "{report}");
+    let word = report["verdict"]["word"].as_str().unwrap();
+    assert!(word.ends_with("converges"), "{report}");
+    // In numbers, and in words beside.
+    assert!(number(&report["verdict"]["downtime_ms"]["likely"]) > 0.0);
+    assert!(report["verdict"]["downtime_ms"]["told"].is_string());
     assert_eq!(report["verdict"]["bandwidth_assumed"], false);
     assert_keys(
         &report["verdict"],
@@ -120,7 +125,9 @@ fn a_guest_that_writes_faster_than_the_link_is_told_what_it_needs() {
     let report = run(&rate(&guest, &slow)).status("completed", 0);
     let verdict = &report["verdict"];
     assert_eq!(verdict["converges"], false, "{report}");
+    assert_eq!(verdict["word"], "does not converge");
     assert!(verdict["total_ms"]["likely"].is_null(), "{report}");
+    assert_eq!(verdict["total_ms"]["told"], "without end");
     let needed = verdict["needs"]["bandwidth"]["likely"].as_f64().unwrap();
     assert!(needed > 1e6, "{report}");
     let text = run(&rate(&guest, &slow[1..]));

@@ -4,13 +4,14 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 use gleaner_bitmap::PAGE_SIZE;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::guest::TracedGuest;
 use super::rule::{Chooser, Rule};
 use crate::policy::rehearsal::{Road, rehearse};
 use crate::policy::{Goal, OnTimeout, Verdict};
 use crate::trace::Trace;
+use crate::units::{YEAR, within_a_year};
 use crate::{Throttle, Throttles};
 
 /// What a migration is to be like.
@@ -23,13 +24,13 @@ pub struct Terms {
     /// The most downtime.
     pub downtime_limit: Duration,
     /// The most time in total. None: as long as it takes to send all memory 20 times over and to go through the trace once,
-    /// and at least 10 min.
+    /// and at least 10 min, but a year at most.
     pub timeout: Option<Duration>,
     /// What happens then.
     pub on_timeout: OnTimeout,
 }
 
-/// How a migration by a rule would go.
+/// How a migration by a rule would go. In JSON a time over a year is null, and the reason says so.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Outcome {
     /// The rule.
@@ -39,12 +40,15 @@ pub struct Outcome {
     /// Rounds, the last one with the guest stopped included.
     pub rounds: u32,
     /// Milliseconds from start to end.
+    #[serde(serialize_with = "milliseconds")]
     pub total_ms: f64,
     /// Bytes of page contents.
     pub bytes: f64,
     /// Milliseconds in which the guest runs nowhere; 0 when it was not moved.
+    #[serde(serialize_with = "milliseconds")]
     pub downtime_ms: f64,
     /// Milliseconds of it over the limit.
+    #[serde(serialize_with = "milliseconds")]
     pub overshoot_ms: f64,
     /// What slowed the guest in the end.
     pub throttle: Throttle,
@@ -64,7 +68,7 @@ impl Terms {
         self.timeout.unwrap_or_else(|| {
             let once = trace.total_pages() as f64 / self.pages_per_second();
             let long = (20.0 * once + trace.microseconds() as f64 / 1e6).max(LEAST);
-            Duration::try_from_secs_f64(long).unwrap_or(Duration::MAX)
+            Duration::from_secs_f64(long.min(YEAR))
         })
     }
 
@@ -119,15 +123,25 @@ pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -
     let left = if moved { went.remaining + late } else { 0.0 };
     let downtime = if moved { road.downtime(left) } else { 0.0 };
     let limit = terms.downtime_limit.as_secs_f64();
+    let total = went.seconds + downtime;
+    let mut reason = went.last.reason;
+    if total > YEAR {
+        reason.push_str("; it takes over a year");
+    }
     Outcome {
         rule,
         moved,
         rounds: went.rounds + u32::from(moved),
-        total_ms: (went.seconds + downtime) * 1e3,
+        total_ms: total * 1e3,
         bytes: (went.sent + left) * PAGE_SIZE as f64,
         downtime_ms: downtime * 1e3,
         overshoot_ms: (downtime - limit).max(0.0) * 1e3,
         throttle: went.throttle,
-        reason: went.last.reason,
+        reason,
     }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn milliseconds<S: Serializer>(ms: &f64, to: S) -> Result<S::Ok, S::Error> {
+    within_a_year(*ms).serialize(to)
 }

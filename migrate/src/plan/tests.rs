@@ -276,6 +276,24 @@ fn a_time_limit_ends_every_rule_as_asked() {
 }
 
 #[test]
+fn what_takes_over_a_year_is_null_for_scripts_and_told_in_words() {
+    // 1 GiB at 16 B/s: two years for the first round.
+    let terms = Terms {
+        bandwidth: 16,
+        ..terms()
+    };
+    let idle = trace(1 << 18, &vec![vec![]; 10]);
+    assert_eq!(terms.horizon(&idle), Duration::from_secs(365 * 86_400));
+    for rule in [Rule::Rounds(3), Rule::Gleaner] {
+        let outcome = replay(&idle, &terms, rule);
+        assert!(outcome.reason.ends_with("over a year"), "{outcome:?}");
+        let object = serde_json::to_value(&outcome).unwrap();
+        assert!(object["total_ms"].is_null(), "{object}");
+        assert!(object["overshoot_ms"].is_number(), "{object}");
+    }
+}
+
+#[test]
 fn the_same_trace_is_made_again_and_another_seed_is_another_guest() {
     let bytes = |seed| {
         let mut file = Vec::new();

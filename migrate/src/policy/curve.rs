@@ -36,8 +36,6 @@ const LEAST_WEIGHT: f64 = 1.0 / 32.0;
 const UNKNOWN: f64 = 0.3;
 /// Times that deviate by less than this from their mean, as a natural logarithm, show less and less of a power: it is drawn to 1.
 const ALIKE: f64 = 0.1;
-/// Bounds are that many standard deviations from the curve.
-const DEVIATIONS: f64 = 2.0;
 
 /// One point, in natural logarithms.
 struct Point {
@@ -143,7 +141,7 @@ impl Curve {
         let nearest = time.clamp(self.measured.0, self.measured.1);
         let beyond = time - nearest;
         let at = self.factor.ln() + self.power * nearest;
-        let off = DEVIATIONS * self.deviation;
+        let off = Bounds::DEVIATIONS * self.deviation;
         Bounds::new(
             (at - off + beyond.min(0.0)).exp().min(self.total),
             likely,

@@ -6,7 +6,7 @@ use gleaner_bitmap::PAGE_SIZE;
 
 use super::steps::{self, Step};
 use super::{Decision, Forecast, Goal, History, OnTimeout, Verdict};
-use crate::units::{Bytes, Seconds};
+use crate::units::{Bytes, Seconds, YEAR};
 use crate::{Throttle, Throttles};
 
 /// Rounds that follow at most once a switchover is within the limit, for the sake of a shorter one.
@@ -15,6 +15,8 @@ pub const EXTRA_ROUNDS: usize = 5;
 const NOTICEABLE: f64 = 0.1;
 /// And this many seconds: less is lost in the noise of schedulers and timers.
 const NOISE: f64 = 0.001;
+
+const UNKNOWN: &str = "no rate is known yet";
 
 /// Decides what comes next. The same history and goal lead to the same decision, always.
 ///
@@ -30,7 +32,7 @@ pub fn decide(history: &History, goal: &Goal) -> Decision {
         (_, Some(timeout)) if history.elapsed >= timeout => {
             time_is_over(history, goal, timeout, forecast.as_ref())
         }
-        (None, _) => (Verdict::Continue, "no rate is known yet".into()),
+        (None, _) => (Verdict::Continue, UNKNOWN.into()),
         (Some(forecast), _) if forecast.bound <= goal.downtime_limit.as_secs_f64() => {
             fits(history, goal, forecast)
         }
@@ -132,22 +134,33 @@ fn over_the_limit(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdi
             "a switchover would probably stop the guest for {likely}, but it may be {bound}, over the limit of {limit}"
         )
     };
+    let (verdict, why) = on_the_way(history, goal, forecast);
+    (verdict, format!("{over}; {why}"))
+}
+
+/// Why a switchover is not within the limit, without what it would cost: for who tells that with bounds of its own.
+pub(crate) fn obstacle(history: &History, goal: &Goal) -> String {
+    match Forecast::of(history, goal.downtime_limit) {
+        Some(forecast) => on_the_way(history, goal, &forecast).1,
+        None => UNKNOWN.into(),
+    }
+}
+
+/// What comes next of a guest that is over the limit, and whether it converges.
+fn on_the_way(history: &History, goal: &Goal, forecast: &Forecast) -> (Verdict, String) {
     if forecast.converges {
         let until = forecast.until.likely;
-        let when = if until.is_finite() {
-            format!("within it in about {}", Seconds(until))
-        } else {
-            "the next rounds will tell when".into()
+        let when = match until {
+            until if until <= YEAR => format!("within it in about {}", Seconds(until)),
+            until if until.is_finite() => format!("within it in {}", Seconds(until)),
+            _ => "the next rounds will tell when".into(),
         };
         let late = too_late(history, goal, until);
-        return (
-            Verdict::Continue,
-            format!("{over}; converging: {when}{late}"),
-        );
+        return (Verdict::Continue, format!("converging: {when}{late}"));
     }
     let sent = history.pages_per_second().unwrap_or_default().likely;
     let not = format!(
-        "{over}; not converging: {}/s dirtied, {}/s sent, never less than {} left{}",
+        "not converging: {}/s dirtied, {}/s sent, never less than {} left{}",
         memory(history.dirty_pages_per_second()),
         memory(sent),
         memory(forecast.floor_pages),
@@ -239,11 +252,5 @@ fn throttling(throttle: Throttle) -> String {
 }
 
 fn told(forecast: &Forecast) -> String {
-    let downtime = forecast.downtime;
-    format!(
-        "{} ({} to {})",
-        Seconds(downtime.likely),
-        Seconds(downtime.low),
-        Seconds(downtime.high)
-    )
+    forecast.downtime.told(|s| Seconds(s).to_string())
 }

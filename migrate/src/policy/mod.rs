@@ -34,8 +34,10 @@ use serde::{Serialize, Serializer};
 use crate::{Throttle, Throttles};
 
 pub use bounds::Bounds;
+pub(crate) use bounds::{milliseconds, some_milliseconds};
 pub use costs::{BUILD, Costs, GO, STATE, STOP};
 pub use curve::Curve;
+pub(crate) use decide::obstacle;
 pub use decide::{EXTRA_ROUNDS, decide};
 pub use forecast::{Forecast, Model, Needs};
 pub use history::{History, Round};

@@ -94,6 +94,8 @@ pub(crate) struct Course {
     pub(crate) remaining: f64,
     /// What slows the guest then.
     pub(crate) throttle: Throttle,
+    /// What is known then.
+    pub(crate) history: History,
 }
 
 /// Rounds that begin with `pages`, until `choose` switches over or gives up, at most `rounds`. `left` tells the pages
@@ -139,6 +141,7 @@ pub(crate) fn rehearse(
                 sent,
                 remaining,
                 throttle: history.throttle,
+                history,
             };
         }
     }

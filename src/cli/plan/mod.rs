@@ -13,7 +13,7 @@ use clap::Args;
 use gleaner_migrate::OnTimeout;
 use gleaner_migrate::plan::{Outcome, Rule, Synthetic, Terms, Workload, replay};
 use gleaner_migrate::trace::Trace;
-use gleaner_migrate::units::Seconds;
+use gleaner_migrate::units::{Seconds, within_a_year};
 use serde::Serialize;
 use serde_json::json;
 
@@ -49,7 +49,7 @@ pub struct Plan {
     #[arg(long, value_name = "D", default_value = "300ms", value_parser = units::duration)]
     pub downtime_limit: Duration,
     /// The most time in total. Unless given, as long as it takes to send all memory 20 times over and to go through the
-    /// trace once, and at least 10 min.
+    /// trace once, and at least 10 min, but a year at most.
     #[arg(long, value_name = "D", value_parser = units::time_limit)]
     pub timeout: Option<Duration>,
     /// From a question over the link to its answer.
@@ -128,7 +128,7 @@ impl Plan {
             "trace": about,
             "bandwidth": bandwidth,
             "downtime_limit_ms": self.downtime_limit.as_secs_f64() * 1e3,
-            "timeout_ms": terms.horizon(&trace).as_secs_f64() * 1e3,
+            "timeout_ms": within_a_year(terms.horizon(&trace).as_secs_f64() * 1e3),
             "rules": outcomes,
         });
         output.result(&object, || {

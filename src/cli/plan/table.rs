@@ -32,7 +32,7 @@ pub fn of_trace(about: &About) -> String {
 pub fn of_plan(about: &About, terms: &Terms, horizon: Duration, outcomes: &[Outcome]) -> String {
     let limit = Seconds(terms.downtime_limit.as_secs_f64());
     let mut text = format!(
-        "{}\nlink: {}/s, round trip {}; downtime limit {limit}\n\n{:<22} {:>6} {:>9} {:>9} {:>9} {:>9} {:>9}\n",
+        "{}\nlink: {}/s, round trip {}; downtime limit {limit}\n\n{:<22} {:>6} {:>11} {:>9} {:>11} {:>11} {:>9}\n",
         of_trace(about),
         Bytes(terms.bandwidth as f64),
         Seconds(terms.round_trip.as_secs_f64()),
@@ -59,7 +59,7 @@ pub fn of_plan(about: &About, terms: &Terms, horizon: Duration, outcomes: &[Outc
         // Nothing fails in a string.
         let _ = writeln!(
             text,
-            "{:<22} {:>6} {total:>9} {:>9} {:>9} {:>9} {throttle:>9}",
+            "{:<22} {:>6} {total:>11} {:>9} {:>11} {:>11} {throttle:>9}",
             outcome.rule,
             outcome.rounds,
             Bytes(outcome.bytes).to_string(),

@@ -6,7 +6,7 @@ use gleaner_migrate::units::{Bytes, Seconds};
 
 use super::Found;
 use super::grid::Grid;
-use super::text::{cost, course, ms, pages, way};
+use super::text::{cost, course, ms, pages, spread, way};
 use crate::PAGE_SIZE;
 use crate::rate::CurvePoint;
 
@@ -334,11 +334,11 @@ impl Svg {
     }
 }
 
-/// Two deviations above the mean, or below; what a sample does not know is beside that.
+/// Above the mean, or below, so far that 95 % lie within; what a sample does not know is beside that.
 fn edge(point: &CurvePoint, sign: f64) -> f64 {
     let [low, high] = point.interval95;
     let unknown = if sign > 0.0 { high } else { low } - point.pages;
-    point.pages + sign * unknown.hypot(2.0 * point.deviation)
+    point.pages + sign * unknown.hypot(spread(point.deviation))
 }
 
 fn joined(points: impl Iterator<Item = (f64, f64)>) -> String {

@@ -13,12 +13,12 @@ pub fn told(found: &Found<'_>) -> String {
     let windows = &report.windows;
     let rate = &windows.bytes_per_second;
     let mut lines = vec![format!(
-        "{}/s dirtied{}, deviation {}/s, in {} of {} ({}, {} in all)",
+        "{}/s dirtied{}, ±{}/s, in {} of {} ({}, {} in all)",
         Bytes(rate.mean),
         interval(report, report.dirty_bytes_per_second_interval95, |n| {
             format!("{}/s", Bytes(n))
         }),
-        Bytes(rate.deviation()),
+        Bytes(spread(rate.deviation())),
         count(rate.samples, "window"),
         ms(windows.interval_ms.min(report.duration_ms)),
         way(report, found.metered),
@@ -45,7 +45,7 @@ pub fn told(found: &Found<'_>) -> String {
                 interval(report, point.interval95, |n| pages(n).to_string())
             }
             1 => String::new(),
-            _ => format!(" ±{}", pages(point.deviation)),
+            _ => format!(" ±{}", pages(spread(point.deviation))),
         };
         format!("{} {}{off}", ms(point.ms), pages(point.pages))
     });
@@ -75,6 +75,11 @@ pub fn told(found: &Found<'_>) -> String {
         lines.extend(judged(verdict, found.assumed));
     }
     lines.join("\n")
+}
+
+/// How far from the mean 95 % of what varies lie.
+pub fn spread(deviation: f64) -> f64 {
+    Bounds::DEVIATIONS * deviation
 }
 
 /// By what way it was found.
@@ -177,29 +182,18 @@ pub fn judged(verdict: &Verdict, assumed: bool) -> Vec<String> {
 /// How it would go.
 pub fn course(verdict: &Verdict) -> String {
     let forecast = &verdict.forecast;
-    let time = |ms: Bounds| bounds(ms.times(1e-3), |s| Seconds(s).to_string());
+    let time = |of: Bounds| of.told(|n| ms(n).to_string());
     let downtime = time(forecast.downtime_ms);
     if verdict.converges {
         format!(
             "{} in {}, {}, downtime {downtime}",
             count(forecast.rounds.into(), "round"),
             time(forecast.total_ms),
-            bounds(forecast.bytes, |n| Bytes(n).to_string())
+            forecast.bytes.told(|n| Bytes(n).to_string())
         )
     } else {
         format!("after many rounds a switchover would stop the guest for {downtime}")
     }
-}
-
-fn bounds(of: Bounds, text: impl Fn(f64) -> String) -> String {
-    let [likely, low, high] = [of.likely, of.low, of.high].map(|number| {
-        if number.is_finite() {
-            text(number)
-        } else {
-            "without end".into()
-        }
-    });
-    format!("{likely} ({low} to {high})")
 }
 
 fn hot(region: &HotRegion) -> String {

@@ -1,9 +1,11 @@
 //! What a sample tells of all pages, and how far off that may be.
 
+use gleaner_migrate::policy::Bounds;
+
 use super::strata::{EACH, Sample};
 
 /// So many standard deviations from the mean are 95 % of a normal distribution.
-const Z: f64 = 1.959_964;
+const Z: f64 = Bounds::DEVIATIONS;
 
 /// Which part of all pages is dirty, as one sample or several tell it.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
