@@ -224,7 +224,9 @@ fn migrate_as_planned(number: u64) -> Option<Off> {
         &recorded(&life, terms.downtime_limit / 10),
         &terms,
         Rule::Gleaner,
-    );
+        &CancelToken::new(),
+    )
+    .unwrap();
 
     let mut options = SenderOptions::new(MigrationId([7; 16]));
     options.clock = Clock::stopped();

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use gleaner_migrate::plan::{Outcome, Rule, Synthetic, Terms, Workload, replay};
-use gleaner_migrate::{Followed, OnTimeout, Trace};
+use gleaner_migrate::{CancelToken, Followed, OnTimeout, Trace};
 
 /// A guest of 2 to 64 GiB, over a link of 0.25 to 4 GiB a second.
 fn case(number: u64) -> (Workload, Trace, Terms) {
@@ -63,7 +63,8 @@ struct Compared {
 
 fn compare(number: u64) -> Compared {
     let (workload, trace, terms) = case(number);
-    let by = |rule| replay(&trace, &terms, rule);
+    let with = |terms, rule| replay(&trace, terms, rule, &CancelToken::new()).unwrap();
+    let by = |rule| with(&terms, rule);
     // Slow links take their time.
     let patient = Terms {
         timeout: Some(Duration::from_secs(86_400)),
@@ -78,7 +79,7 @@ fn compare(number: u64) -> Compared {
         workload,
         memory: (trace.total_pages() * 4096) as f64,
         gleaner: by(Rule::Gleaner),
-        throttling: replay(&trace, &patient, Rule::GleanerThrottling),
+        throttling: with(&patient, Rule::GleanerThrottling),
         clairvoyant: by(Rule::Clairvoyant),
         others: [Rule::CloudHypervisor, Rule::Qemu, Rule::LocalMinimum].map(by),
         fixed: (1..=rounds)

@@ -104,13 +104,15 @@ pub fn main() -> ExitCode {
 /// Why a command ended before it had anything to report.
 #[derive(Debug)]
 struct Failure {
+    /// What JSON has for it.
+    status: &'static str,
     reason: String,
     output: Output,
 }
 
 impl Failure {
     fn report(&self) -> ExitCode {
-        self.output.failed(&self.reason);
+        self.output.ended(self.status, &self.reason);
         ExitCode::FAILURE
     }
 }
@@ -119,6 +121,7 @@ impl Output {
     /// Turns an error into the failure that this output reports.
     fn failure<E: std::fmt::Display>(self) -> impl Fn(E) -> Failure {
         move |error| Failure {
+            status: "failed",
             reason: error.to_string(),
             output: self,
         }

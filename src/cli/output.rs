@@ -24,11 +24,11 @@ impl Output {
         }
     }
 
-    /// The command failed before it had a result.
-    pub fn failed(self, reason: &str) {
+    /// The command ended before it had a result.
+    pub fn ended(self, status: &str, reason: &str) {
         eprintln!("gleaner: {reason}");
         if self.json {
-            say(&json!({"status": "failed", "reason": reason}).to_string());
+            say(&json!({"status": status, "reason": reason}).to_string());
         }
     }
 }

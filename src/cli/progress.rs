@@ -31,14 +31,14 @@ pub fn follow(options: &mut SenderOptions, trace: Option<Trace>) {
 }
 
 /// Where the line is.
-struct Line {
+pub struct Line {
     in_place: bool,
     shown: Instant,
     drawn: bool,
 }
 
 impl Line {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             in_place: std::io::stderr().is_terminal(),
             shown: Instant::now(),
@@ -46,7 +46,12 @@ impl Line {
         }
     }
 
-    fn show(&mut self, text: &str) {
+    /// Whether it is redrawn in place.
+    pub const fn in_place(&self) -> bool {
+        self.in_place
+    }
+
+    pub fn show(&mut self, text: &str) {
         self.shown = Instant::now();
         self.drawn = true;
         let mut stderr = std::io::stderr().lock();
@@ -57,6 +62,15 @@ impl Line {
             writeln!(stderr, "{text}")
         };
         let _ = stderr.flush();
+    }
+
+    /// Takes it off the terminal.
+    pub fn erase(&mut self) {
+        if self.in_place && self.drawn {
+            // Whoever watched may be gone.
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
+        }
+        self.drawn = false;
     }
 
     /// Shows what will soon be out of date.

@@ -154,6 +154,15 @@ impl Process {
         kill_process(pid, signal).unwrap();
     }
 
+    /// Whether it has an answer of its own to a signal.
+    pub fn catches(&self, signal: Signal) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let mut lines = status.lines();
+        let caught = lines.find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
+        caught & 1 << (signal.as_raw() - 1) != 0
+    }
+
     /// From now on it gets no more of something than `most`.
     pub fn limit(&self, resource: Resource, most: u64) {
         let limit = Rlimit {

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use crate::harness::{Guest, Place, Receive, assert_keys, run};
+use rustix::process::Signal;
+
+use crate::harness::{Guest, Place, Process, Receive, assert_keys, run, until};
 
 /// A trace of a minute or less, made up, in `place`.
 fn made(place: &Place, kind: &str) -> String {
@@ -114,6 +116,40 @@ fn what_is_no_trace_is_one_clear_line() {
         (&"planned".into(), Some(0)),
         "{cut:?}"
     );
+}
+
+#[test]
+fn a_plan_that_is_interrupted_ends_with_a_line() {
+    // A day of a busy guest: minutes of work.
+    let mut asked = vec!["plan", "--generate", "oscillating", "--ram", "16G"];
+    asked.extend(["--duration", "24h", "--bandwidth", "200M"]);
+    for json in [&[][..], &["--json"]] {
+        let plan = Process::start(&[&asked[..], json].concat());
+        until("it knows what to do with Ctrl-C", || {
+            plan.catches(Signal::INT).then_some(())
+        });
+        let ended = plan.interrupt();
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        assert_eq!(ended.stderr, "gleaner: cancelled\n");
+        if !json.is_empty() {
+            ended.failed("cancelled", "cancelled");
+        }
+    }
+}
+
+#[test]
+fn whoever_asks_for_no_plan_is_told_of_every_way() {
+    let missing = |given: &[&str]| {
+        let ended = run(&[&["plan"], given].concat());
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        let told = ended.stderr.lines().next().unwrap();
+        ["--trace FILE", "--generate KIND", "--bandwidth RATE"].map(|what| told.contains(what))
+    };
+    assert_eq!(missing(&[]), [true, true, true]);
+    assert_eq!(missing(&["--bandwidth", "1G"]), [true, true, false]);
+    assert_eq!(missing(&["--trace", "/nowhere"]), [false, false, true]);
+    // It may be kept without a plan.
+    assert_eq!(missing(&["--generate", "idle"]), [true, false, true]);
 }
 
 #[test]

@@ -2,9 +2,9 @@
 
 use gleaner_bitmap::{PageBitmap, PageRange};
 
-use crate::Throttle;
 use crate::policy::rehearsal::Leg;
 use crate::trace::{Trace, TraceRecord, TraceRuns, scatter};
+use crate::{CancelToken, Throttle};
 
 /// Where a guest is in its trace, and what is dirty: at first all of it.
 pub(super) struct TracedGuest<'a> {
@@ -16,6 +16,8 @@ pub(super) struct TracedGuest<'a> {
     count: u64,
     /// The followed page after the last one that was sent.
     next: u64,
+    /// Whoever uses it does not want to know any more: what is dirtied is wrong from then on.
+    cancel: CancelToken,
 }
 
 /// So much of a number, as a whole one.
@@ -74,6 +76,14 @@ impl<'a> TracedGuest<'a> {
             dirty: PageBitmap::all_set(trace.followed_pages()),
             count: trace.followed_pages(),
             next: 0,
+            cancel: CancelToken::new(),
+        }
+    }
+
+    pub(super) fn until(self, cancel: &CancelToken) -> Self {
+        Self {
+            cancel: cancel.clone(),
+            ..self
         }
     }
 
@@ -244,6 +254,9 @@ impl<'a> TracedGuest<'a> {
 
     /// Makes dirty what a piece says, and tells `new` of each page that was not.
     fn write(&mut self, piece: &Piece, mut new: impl FnMut(u64)) {
+        if self.cancel.is_cancelled() {
+            return;
+        }
         let (record, _) = self.record(piece.record);
         if piece.is_whole() {
             for run in self.trace.runs(record) {

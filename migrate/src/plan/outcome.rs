@@ -9,10 +9,10 @@ use serde::{Serialize, Serializer};
 use super::guest::TracedGuest;
 use super::rule::{Chooser, Rule};
 use crate::policy::rehearsal::{Road, rehearse};
-use crate::policy::{Goal, OnTimeout, Verdict};
+use crate::policy::{Decision, Goal, OnTimeout, Verdict};
 use crate::trace::Trace;
 use crate::units::{YEAR, within_a_year};
-use crate::{Throttle, Throttles};
+use crate::{CancelToken, Error, Result, Throttle, Throttles};
 
 /// What a migration is to be like.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -88,13 +88,21 @@ impl Terms {
 
 /// Lets the guest of a trace be migrated as a rule says. A round takes at least the time of a harvest, so a replay ends with
 /// [`Terms::horizon`] if not before.
-#[must_use]
-pub fn replay(trace: &Trace, terms: &Terms, rule: Rule) -> Outcome {
-    replay_in(trace, terms, rule, rule.harvests_early())
+///
+/// # Errors
+/// [`Error::Cancelled`] soon after `cancel` was used.
+pub fn replay(trace: &Trace, terms: &Terms, rule: Rule, cancel: &CancelToken) -> Result<Outcome> {
+    replay_in(trace, terms, rule, rule.harvests_early(), cancel)
 }
 
 /// In rounds that are harvested while they go on, or not.
-pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -> Outcome {
+pub(super) fn replay_in(
+    trace: &Trace,
+    terms: &Terms,
+    rule: Rule,
+    early: bool,
+    cancel: &CancelToken,
+) -> Result<Outcome> {
     let road = terms.road(trace, early);
     let pages = trace.total_pages();
     let goal = Goal {
@@ -104,7 +112,7 @@ pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -
         throttle: Throttles::Nothing,
         held: None,
     };
-    let guest = RefCell::new(TracedGuest::new(trace));
+    let guest = RefCell::new(TracedGuest::new(trace).until(cancel));
     let mut chooser = Chooser::new(rule, goal, pages);
     let went = rehearse(
         road,
@@ -112,12 +120,18 @@ pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -
         u32::MAX,
         |leg| guest.borrow_mut().round(leg),
         |history| {
+            if cancel.is_cancelled() {
+                return called_off();
+            }
             chooser.choose(history, || {
                 let late = guest.borrow_mut().more(road.stopping(), history.throttle);
                 road.downtime(history.remaining_pages as f64 + late)
             })
         },
     );
+    if cancel.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
     let moved = went.last.verdict == Verdict::SwitchOver;
     let late = guest.borrow_mut().more(road.stopping(), went.throttle);
     let left = if moved { went.remaining + late } else { 0.0 };
@@ -128,7 +142,7 @@ pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -
     if total > YEAR {
         reason.push_str("; it takes over a year");
     }
-    Outcome {
+    Ok(Outcome {
         rule,
         moved,
         rounds: went.rounds + u32::from(moved),
@@ -138,10 +152,19 @@ pub(super) fn replay_in(trace: &Trace, terms: &Terms, rule: Rule, early: bool) -
         overshoot_ms: (downtime - limit).max(0.0) * 1e3,
         throttle: went.throttle,
         reason,
+    })
+}
+
+/// Ends the rounds of a replay that nobody waits for any more.
+fn called_off() -> Decision {
+    Decision {
+        verdict: Verdict::GiveUp,
+        forecast: None,
+        reason: Error::Cancelled.to_string(),
     }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
-fn milliseconds<S: Serializer>(ms: &f64, to: S) -> Result<S::Ok, S::Error> {
+fn milliseconds<S: Serializer>(ms: &f64, to: S) -> std::result::Result<S::Ok, S::Error> {
     within_a_year(*ms).serialize(to)
 }

@@ -12,7 +12,7 @@ use super::guest::TracedGuest;
 use super::outcome::replay_in;
 use super::*;
 use crate::trace::{Followed, Trace, TraceWriter};
-use crate::{OnTimeout, Throttle};
+use crate::{CancelToken, Error, OnTimeout, Throttle};
 
 const INTERVAL: u64 = 100_000;
 
@@ -127,6 +127,22 @@ fn a_page_of_five_intervals_in_a_row_is_in_any_part_of_the_middle_one() {
     assert!(guest.dirtied(0.001, Throttle::Off) < 20.0);
 }
 
+fn replay(trace: &Trace, terms: &Terms, rule: Rule) -> Outcome {
+    super::replay(trace, terms, rule, &CancelToken::new()).unwrap()
+}
+
+/// The same, of that many rounds, harvested while they go on or not.
+fn rounds(trace: &Trace, terms: &Terms, rounds: u32, early: bool) -> Outcome {
+    replay_in(
+        trace,
+        terms,
+        Rule::Rounds(rounds),
+        early,
+        &CancelToken::new(),
+    )
+    .unwrap()
+}
+
 /// 1 GiB over 256 MiB a second.
 fn terms() -> Terms {
     Terms {
@@ -173,8 +189,7 @@ fn the_clairvoyant_stops_at_the_first_round_that_any_number_of_rounds_could_have
         for seed in 0..2 {
             let trace = made(workload, seed);
             let clairvoyant = replay(&trace, &terms(), Rule::Clairvoyant);
-            let fixed =
-                (1..=30).map(|rounds| replay_in(&trace, &terms(), Rule::Rounds(rounds), true));
+            let fixed = (1..=30).map(|n| rounds(&trace, &terms(), n, true));
             let best = fixed
                 .filter(|outcome| outcome.overshoot_ms == 0.0)
                 .min_by(|a, b| a.bytes.total_cmp(&b.bytes));
@@ -204,7 +219,7 @@ fn what_is_written_before_its_turn_is_not_sent_again() {
         ..terms()
     };
     let again = |early, expected: u64| {
-        let outcome = replay_in(&once, &terms, Rule::Rounds(1), early);
+        let outcome = rounds(&once, &terms, 1, early);
         let off = outcome.bytes / PAGE_SIZE as f64 - (pages + expected) as f64;
         assert!(off.abs() < 0.5, "{early} {off}");
     };
@@ -272,6 +287,17 @@ fn a_time_limit_ends_every_rule_as_asked() {
             // Rounds take 8 s.
             assert!((20e3..40e3).contains(&outcome.total_ms), "{outcome:?}");
         }
+    }
+}
+
+#[test]
+fn a_replay_that_is_called_off_has_no_outcome() {
+    let cancel = CancelToken::new();
+    cancel.cancel();
+    let busy = made(Workload::Stress, 1);
+    for rule in Rule::ALL {
+        let outcome = super::replay(&busy, &terms(), rule, &cancel);
+        assert!(matches!(outcome, Err(Error::Cancelled)), "{outcome:?}");
     }
 }
 

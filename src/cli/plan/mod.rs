@@ -1,5 +1,6 @@
 //! `gleaner plan`: what a migration would be like, from a trace.
 
+mod busy;
 mod svg;
 mod table;
 
@@ -10,16 +11,18 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use gleaner_migrate::OnTimeout;
 use gleaner_migrate::plan::{Outcome, Rule, Synthetic, Terms, Workload, replay};
 use gleaner_migrate::trace::Trace;
 use gleaner_migrate::units::{Seconds, within_a_year};
+use gleaner_migrate::{CancelToken, Error, OnTimeout};
 use serde::Serialize;
 use serde_json::json;
 
+use super::options::cancel_on_signal;
 use super::output::Output;
 use super::{Failure, trace, units};
 use crate::PAGE_SIZE;
+use busy::{Busy, Stoppable};
 
 /// The command's options.
 #[derive(Debug, Args)]
@@ -28,7 +31,7 @@ use crate::PAGE_SIZE;
 )]
 pub struct Plan {
     /// The trace, from `send --trace` or another recorder. With --generate it is written there.
-    #[arg(long, value_name = "FILE", required_unless_present = "generate")]
+    #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// Make a trace: idle, database, stress, oscillating, phase-change or growing.
     #[arg(long, value_name = "KIND")]
@@ -43,7 +46,7 @@ pub struct Plan {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "generate")]
     pub seed: u64,
     /// Bytes a second that the link carries (K, M, G).
-    #[arg(long, value_name = "RATE", value_parser = units::size, required_unless_present = "generate")]
+    #[arg(long, value_name = "RATE", value_parser = units::size)]
     pub bandwidth: Option<u64>,
     /// The most downtime.
     #[arg(long, value_name = "D", default_value = "300ms", value_parser = units::duration)]
@@ -83,16 +86,41 @@ struct About {
 impl Plan {
     /// What can't be asked for together, and no attribute of an option can say.
     pub fn check(&self) -> Result<(), String> {
-        if self.trace.is_none() && self.bandwidth.is_none() {
-            return Err("write --bandwidth RATE to plan, or --trace FILE to keep the trace".into());
-        }
-        Ok(())
+        let missing = match (&self.trace, &self.generate, self.bandwidth) {
+            (None, None, None) => {
+                "write --trace FILE, or --generate KIND for a guest that nobody has, and --bandwidth RATE of the link"
+            }
+            (None, None, Some(_)) => {
+                "write --trace FILE, or --generate KIND for a guest that nobody has"
+            }
+            (Some(_), None, None) => "write --bandwidth RATE of the link to plan for",
+            (None, Some(_), None) => {
+                "write --bandwidth RATE to plan, or --trace FILE to keep the trace"
+            }
+            _ => return Ok(()),
+        };
+        Err(missing.into())
     }
 
     /// Makes the trace if it is to be made, and plans if a bandwidth is told.
     pub fn run(self) -> Result<ExitCode, Failure> {
         let output = Output { json: self.json };
-        let (trace, bytes) = self.load().map_err(output.failure())?;
+        let cancel = CancelToken::new();
+        cancel_on_signal(&cancel).map_err(output.failure())?;
+        self.plan(&cancel)
+            .map_err(|reason| match cancel.is_cancelled() {
+                false => output.failure()(reason),
+                true => Failure {
+                    status: "cancelled",
+                    reason: Error::Cancelled.to_string(),
+                    output,
+                },
+            })
+    }
+
+    fn plan(&self, cancel: &CancelToken) -> Result<ExitCode, String> {
+        let output = Output { json: self.json };
+        let (trace, bytes) = self.load(cancel)?;
         let about = About::of(&trace, bytes);
         if let Some(at) = about.cut_at {
             eprintln!(
@@ -113,15 +141,17 @@ impl Plan {
             on_timeout: OnTimeout::Cancel,
         };
         self.doubt(&trace);
-        let outcomes: Vec<Outcome> = Rule::ALL
-            .into_iter()
-            .map(|rule| replay(&trace, &terms, rule))
-            .collect();
+        let busy = Busy::new();
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        for (number, rule) in (1..).zip(Rule::ALL) {
+            busy.with(format!("rule {number} of {}, {rule}", Rule::ALL.len()));
+            outcomes.push(replay(&trace, &terms, rule, cancel).map_err(|e| e.to_string())?);
+        }
+        drop(busy);
         if let Some(path) = &self.svg {
             let drawn = svg::draw(&trace, &terms, &outcomes);
             fs::write(path, drawn)
-                .map_err(|error| format!("can't write {}: {error}", path.display()))
-                .map_err(output.failure())?;
+                .map_err(|error| format!("can't write {}: {error}", path.display()))?;
         }
         let object = json!({
             "status": "planned",
@@ -138,19 +168,25 @@ impl Plan {
     }
 
     /// The trace, and the size of its file if it has one.
-    fn load(&self) -> Result<(Trace, Option<u64>), String> {
+    fn load(&self, cancel: &CancelToken) -> Result<(Trace, Option<u64>), String> {
+        let busy = Busy::new();
         let Some(workload) = self.generate else {
+            busy.with("the trace is read");
+            let open = |path| open(path, cancel);
             return self.trace.as_deref().map_or(Err("no trace".into()), open);
         };
+        busy.with("the trace is made");
         let made = Synthetic::new(workload, self.ram / PAGE_SIZE, self.duration, self.seed);
         let mut bytes = Vec::new();
-        made.write(&mut bytes).map_err(|error| error.to_string())?;
+        made.write(Stoppable(&mut bytes, cancel))
+            .map_err(|error| error.to_string())?;
         if let Some(path) = &self.trace {
             File::create(path)
                 .and_then(|file| BufWriter::new(file).write_all(&bytes))
                 .map_err(|error| format!("can't write the trace {}: {error}", path.display()))?;
         }
-        let trace = Trace::read(&bytes[..]).map_err(|error| error.to_string())?;
+        let read = Trace::read(Stoppable(&bytes[..], cancel));
+        let trace = read.map_err(|error| error.to_string())?;
         Ok((trace, self.trace.as_ref().map(|_| bytes.len() as u64)))
     }
 
@@ -167,7 +203,7 @@ impl Plan {
 }
 
 /// The trace in a file, or that beside the rounds of a migration.
-fn open(path: &Path) -> Result<(Trace, Option<u64>), String> {
+fn open(path: &Path, cancel: &CancelToken) -> Result<(Trace, Option<u64>), String> {
     let file = |path: &Path| {
         File::open(path)
             .map_err(|error| format!("can't read the trace {}: {error}", path.display()))
@@ -182,7 +218,8 @@ fn open(path: &Path) -> Result<(Trace, Option<u64>), String> {
     };
     let opened = file(&path)?;
     let bytes = opened.metadata().ok().map(|metadata| metadata.len());
-    let trace = Trace::read(opened).map_err(|error| format!("{}: {error}", path.display()))?;
+    let trace = Trace::read(Stoppable(opened, cancel))
+        .map_err(|error| format!("{}: {error}", path.display()))?;
     Ok((trace, bytes))
 }
 
