@@ -12,6 +12,7 @@ pub mod migration_stream;
 pub mod qemu_stream;
 pub mod seeds;
 pub mod service;
+pub mod trace;
 pub mod vcpu_state;
 
 /// Longest input in bytes; what is longer is cut. Four times what libFuzzer makes by itself.
@@ -21,11 +22,12 @@ pub const MAX_INPUT: usize = 16 << 10;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("migration_stream", migration_stream::run),
     ("service", service::run),
     ("agent", agent::run),
     ("layouts", layouts::run),
     ("vcpu_state", vcpu_state::run),
     ("qemu_stream", qemu_stream::run),
+    ("trace", trace::run),
 ];

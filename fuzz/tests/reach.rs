@@ -4,7 +4,7 @@
 
 use gleaner::service::Response;
 use gleaner::vmm::guest::VcpuState;
-use gleaner_fuzz::{agent, layouts, migration_stream, qemu_stream, seeds, service};
+use gleaner_fuzz::{agent, layouts, migration_stream, qemu_stream, seeds, service, trace};
 use gleaner_migrate::{Error, Received, Status};
 
 fn seed(target: &str, name: &str) -> Vec<u8> {
@@ -167,6 +167,39 @@ fn histories_change_layouts_and_lease_pages_while_sources_fail() {
         (faults.transactions, faults.failed, faults.leased),
         (2, 3, 4)
     );
+}
+
+#[test]
+fn traces_are_read_and_refused_for_what_is_wrong_with_them() {
+    let read = |name| trace::read(&seed("trace", name));
+    for name in ["whole", "held", "one-of-four", "held-one-of-four"] {
+        let trace = read(name).unwrap();
+        assert_eq!((trace.records().len(), trace.cut()), (4, None), "{name}");
+        assert_eq!(trace.total_pages(), 1064, "{name}");
+    }
+    assert_eq!(read("held").unwrap().records()[1].pages, 65);
+    let cut = read("cut").unwrap();
+    assert!(cut.records().len() == 3 && cut.cut().is_some());
+    assert!(matches!(
+        read("newer"),
+        Err(Error::TraceVersion { found: 2, .. })
+    ));
+    assert!(matches!(read("no-trace"), Err(Error::NotATrace)));
+    for (name, problem) in [
+        ("damaged", "checksum of a record"),
+        ("endless", "impossible length"),
+        ("follows-too-few", "too few pages"),
+        ("unknown-kind", "unknown kind"),
+        ("without-time", "without a time"),
+        ("past-the-end", "no block has"),
+        ("after-a-hundred-years", "hundred years"),
+        ("too-much-memory", "more memory"),
+        ("no-utf-8", "no UTF-8"),
+    ] {
+        let refused = read(name).unwrap_err();
+        assert!(matches!(refused, Error::DamagedTrace { .. }), "{name}");
+        assert!(refused.to_string().contains(problem), "{name}: {refused}");
+    }
 }
 
 #[test]

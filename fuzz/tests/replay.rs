@@ -109,6 +109,11 @@ fn streams_of_a_qemu() {
     replay(TARGETS[5], 10_000);
 }
 
+#[test]
+fn traces() {
+    replay(TARGETS[6], 10_000);
+}
+
 /// After a change of a format: `cargo run --release -p gleaner-fuzz --example seed`.
 #[test]
 fn the_corpus_holds_what_the_encoders_make_now() {

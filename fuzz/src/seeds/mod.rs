@@ -5,6 +5,7 @@ mod histories;
 mod protocol;
 mod qemu;
 mod streams;
+mod traces;
 
 use crate::MAX_INPUT;
 
@@ -20,6 +21,7 @@ pub fn of(target: &str) -> Vec<Seed> {
         "agent" => protocol::answers(),
         "layouts" => histories::seeds(),
         "qemu_stream" => qemu::seeds(),
+        "trace" => traces::seeds(),
         "vcpu_state" => vec![("fresh".into(), vcpu_state())],
         _ => Vec::new(),
     };
