@@ -93,3 +93,14 @@ pub(super) fn execute(monitor: &Arc<Monitor>, request: Request) -> Result<Value,
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_head_of_the_module_names_every_command() {
+        let head = include_str!("mod.rs");
+        for (name, _) in super::COMMANDS {
+            assert!(head.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+}

@@ -24,6 +24,31 @@
 //! * A dirty rate in the modes `dirty-bitmap` and `dirty-ring` has a consumer of its own in the dirty store. During a
 //!   migration it shares the migration's harvests and takes nothing from it.
 //! * Strings stand in double quotes, as JSON has them.
+//!
+//! What is not there, of which a client hears as of a QEMU that does not have it, and nothing changes:
+//!
+//! * Commands: there are `qmp_capabilities`, `query-version`, `query-commands`, `query-status`, `stop`, `cont`, `quit`,
+//!   `calc-dirty-rate`, `query-dirty-rate`, `set-vcpu-dirty-limit`, `cancel-vcpu-dirty-limit`, `query-vcpu-dirty-limit`,
+//!   `migrate`, `migrate_cancel`, `query-migrate`, `migrate-set-parameters`, `query-migrate-parameters`,
+//!   `migrate-set-capabilities` and `query-migrate-capabilities`. None of devices, disks, objects, balloons or snapshots; no
+//!   `human-monitor-command`, no `system_reset`; no `query-qmp-schema`, so what a command takes can't be asked.
+//! * Commands out of band (`exec-oob`): `migrate_cancel` waits behind the commands before it, none of which takes long.
+//! * Migrations to here (`migrate-incoming`): a destination is [`Receiver`](crate::migrate::Receiver). Nor
+//!   `migrate-continue`, `-pause`, `-recover` and `-start-postcopy`: it is precopy, and switches over by itself.
+//! * URIs `exec:`, `rdma:` and `fd:`, TLS, and `migrate`'s `blk`, `inc` and `resume`.
+//! * Parameters other than `downtime-limit`, `max-bandwidth` and `multifd-channels`: the steps of auto-converge are told, and
+//!   stay as they are. Of the capabilities `events`, `multifd` and `auto-converge` can be changed.
+//! * Events other than `STOP`, `RESUME`, `SHUTDOWN`, `MIGRATION` and `MIGRATION_PASS`; states of a guest other than `running`,
+//!   `paused`, `finish-migrate` and `postmigrate`; of a migration, the states of postcopy, `device` and `pre-switchover`.
+//!
+//! What is known to fall short:
+//!
+//! * `query-migrate` counts on the whole: `transferred` has all bytes of the stream, `multifd-bytes` the pages' contents alone;
+//!   `skipped` is always 0, and so is `expected-downtime` while none can be told.
+//! * A dirty rate that could not be measured is `unstarted` again, and only the VMM's log says why.
+//! * `page-sampling` misses pages that are written with what they held, as QEMU's does. Modes `dirty-ring` and dirty limits take
+//!   a tracker with dirty rings, and limits hold in each second on average: a vCPU may be over its own for one.
+//! * A client that reads too slowly is hung up on, with answers unread; 16 may be connected, and a command may have 1 MiB.
 
 mod clients;
 mod commands;
