@@ -120,6 +120,38 @@ fn a_service_that_ends_in_the_middle_is_said() {
 }
 
 #[test]
+fn the_first_ctrl_c_asks_it_to_end_and_the_second_ends_it_at_once() {
+    let place = Place::new();
+    let guest = Guest::start(&place, &["--backend", "model"]);
+    // A picture that goes into a pipe with nobody at its other end: no cancellation reaches who opens it.
+    let pipe = place.arg("rate.svg");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mkfifoat(rustix::fs::CWD, &*pipe, mode).unwrap();
+    let meter = || {
+        let rate = ["rate", "--json", "--control", &guest.control];
+        let rest = ["--duration", "1h", "--interval", "100ms", "--svg", &pipe];
+        let mut meter = Process::start(&[&rate[..], &rest].concat());
+        meter.says("dirtied");
+        assert!(meter.catches(Signal::INT));
+        meter.signal(Signal::INT);
+        until("the first one is heard", || {
+            (!meter.catches(Signal::INT)).then_some(())
+        });
+        meter
+    };
+    // Once: it ends as it does after its time, the picture and all.
+    let once = meter();
+    let picture = std::fs::read_to_string(&pipe).unwrap();
+    assert!(picture.ends_with("</svg>\n"), "{picture}");
+    once.end().status("completed", 0);
+    // Twice: there and then, by the signal, with nothing said.
+    let twice = meter();
+    twice.signal(Signal::INT);
+    let ended = twice.end();
+    assert_eq!((ended.code, &*ended.stdout), (None, ""), "{ended:?}");
+}
+
+#[test]
 fn what_can_not_be_asked_for_is_usage() {
     for bad in [
         &["--interval", "10ms"][..],
