@@ -76,6 +76,11 @@ fn a_plan_has_every_rule_and_draws_them() {
         );
     }
     assert!(drawn.starts_with("<svg ") && drawn.ends_with("</svg>\n"));
+    // What few who show pictures know would hide the numbers from the others.
+    assert!(!drawn.contains("paint-order"));
+    for what in ["100 MiB/s", "limit 300 ms", "not moved within"] {
+        assert!(drawn.contains(what), "{what}");
+    }
 }
 
 #[test]

@@ -228,7 +228,13 @@ fn the_picture_is_drawn_whole() {
     assert_eq!(count("<text "), count("</text>"));
     assert!(count("<rect ") > 50 && count("<circle ") >= 3, "{svg}");
     assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-    for what in ["D(t)", "vCPU 0", "A migration", "harvests:"] {
+    for what in [
+        "D(t)",
+        "vCPU 0",
+        "A migration",
+        "harvests:",
+        "where 95 % lie",
+    ] {
         assert!(svg.contains(what), "{what}");
     }
     // Where it can't be written that is said.

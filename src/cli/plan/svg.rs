@@ -17,8 +17,11 @@ const ROWS: f64 = 244.0;
 /// Of a panel, and of the bars in it: the rest is for numbers.
 const PANEL: f64 = (WIDTH - LEFT) / 4.0;
 const BAR: f64 = PANEL - 76.0;
-/// Numbers, which a line may pass behind.
-const LABEL: &str = "fill=\"#444444\" stroke=\"#ffffff\" stroke-width=\"3\" paint-order=\"stroke\"";
+/// Right of the strip: room for the link's label.
+const MARGIN: f64 = 76.0;
+/// Numbers, and what is left white around them, drawn before: not everything that shows pictures knows `paint-order`.
+const LABEL: &str = "fill=\"#444444\"";
+const AROUND: &str = "fill=\"#ffffff\" stroke=\"#ffffff\" stroke-width=\"3\"";
 /// Moments of the strip.
 const MOMENTS: usize = 400;
 
@@ -27,7 +30,7 @@ type Panel<'a> = (&'a str, fn(&Outcome) -> f64, &'a dyn Fn(f64) -> String);
 
 /// The dirty rate over time, and below it a row of bars for each rule.
 pub fn draw(trace: &Trace, terms: &Terms, outcomes: &[Outcome]) -> String {
-    let height = ROWS + ROW * outcomes.len() as f64 + 30.0;
+    let height = ROWS + ROW * outcomes.len() as f64 + 40.0;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
@@ -91,9 +94,14 @@ pub fn draw(trace: &Trace, terms: &Terms, outcomes: &[Outcome]) -> String {
             };
             let bar = BAR * value / most;
             rect(&mut svg, (x, y + 3.0), (bar, ROW - 7.0), colour(outcome, n));
-            text(&mut svg, (x + bar + 5.0, y + 14.0), LABEL, &label);
+            for how in [AROUND, LABEL] {
+                text(&mut svg, (x + bar + 5.0, y + 14.0), how, &label);
+            }
         }
     }
+    let horizon = Seconds(terms.horizon(trace).as_secs_f64());
+    let key = format!("red: over the limit; pale, never: not moved within {horizon}");
+    text(&mut svg, (LEFT, height - 14.0), "fill=\"#666666\"", &key);
     svg.push_str("</svg>\n");
     svg
 }
@@ -112,7 +120,7 @@ fn colour(outcome: &Outcome, panel: usize) -> &'static str {
 /// What the guest dirties over time, beside what the link carries.
 fn strip(svg: &mut String, trace: &Trace, terms: &Terms) {
     let (top, height) = STRIP;
-    let (width, bottom) = (WIDTH - LEFT - 60.0, top + height);
+    let (width, bottom) = (WIDTH - LEFT - MARGIN, top + height);
     let rates = rates(trace);
     let link = terms.bandwidth as f64;
     let most = rates.iter().copied().fold(link, f64::max) * 1.05;
@@ -132,20 +140,21 @@ fn strip(svg: &mut String, trace: &Trace, terms: &Terms) {
     line(svg, (LEFT, y(link)), (LEFT + width, y(link)), "#1e8449");
     line(svg, (LEFT, bottom), (LEFT + width, bottom), "#444444");
     let end = "text-anchor=\"end\"";
-    text(svg, (LEFT - 10.0, top + 12.0), end, "dirtied a second");
+    text(svg, (LEFT - 10.0, top + 12.0), end, "dirtied");
     let highest = rates.iter().copied().fold(0.0, f64::max);
     text(
         svg,
         (LEFT - 10.0, top + 28.0),
         end,
-        &format!("up to {}", Bytes(highest)),
+        &format!("up to {}/s", Bytes(highest)),
     );
-    text(
-        svg,
-        (LEFT + width + 5.0, y(link) + 4.0),
-        "fill=\"#1e8449\"",
-        "link",
-    );
+    for (line, label) in [
+        (0.0, "link".to_owned()),
+        (14.0, format!("{}/s", Bytes(link))),
+    ] {
+        let at = (LEFT + width + 5.0, y(link) + 4.0 + line);
+        text(svg, at, "fill=\"#1e8449\"", &label);
+    }
     text(svg, (LEFT, bottom + 15.0), "fill=\"#444444\"", "0");
     let length = Seconds(trace.microseconds() as f64 / 1e6).to_string();
     text(

@@ -32,7 +32,7 @@ pub fn picture(found: &Found<'_>) -> String {
     let mut y = svg.head(found);
     svg.curve(found, 70.0, y + 40.0, 380.0, 230.0);
     svg.heat(found, 540.0, y + 40.0, 380.0, 230.0);
-    y += 342.0;
+    y += 352.0;
     y = svg.writers(found, y);
     let height = y + 20.0;
     let font = "font-family=\"Helvetica, Arial, sans-serif\"";
@@ -173,36 +173,40 @@ impl Svg {
             let steps = (0..=60).map(|n| (from + (to - from) * f64::from(n) / 60.0).exp());
             let below = steps.filter(|ms| carried * ms / 1e3 <= top);
             let line: Vec<_> = below.map(|ms| (at(ms), up(carried * ms / 1e3))).collect();
-            let path = joined(line.iter().copied());
-            self.put(&format!(
-                "<polyline points=\"{path}\" fill=\"none\" stroke=\"{ORANGE}\" stroke-width=\"1.5\" stroke-dasharray=\"5 4\"/>"
-            ));
-            let key = y + height + 36.0;
-            self.line(
-                (x, key - 4.0),
-                (x + 22.0, key - 4.0),
-                ORANGE,
-                "stroke-width=\"1.5\" stroke-dasharray=\"5 4\"",
-            );
-            self.text(
-                (x + 28.0, key),
-                11.0,
-                FAINT,
-                "",
-                "what the link carries in the time",
-            );
-            self.line(
-                (x + 210.0, key - 4.0),
-                (x + 232.0, key - 4.0),
-                BLUE,
-                "stroke-width=\"2\"",
-            );
-            let what = match found.report.sampling {
-                Some(_) => "mean, ± deviations and error",
-                None => "mean, ± two deviations",
+            let key = y + height + 52.0;
+            let what = if line.len() < 2 {
+                // All of it is above the picture.
+                format!(
+                    "{}/s, which the link carries, is more",
+                    Bytes(verdict.bandwidth as f64)
+                )
+            } else {
+                let dashed = "stroke-width=\"1.5\" stroke-dasharray=\"5 4\"";
+                self.put(&format!(
+                    "<polyline points=\"{}\" fill=\"none\" stroke=\"{ORANGE}\" {dashed}/>",
+                    joined(line.into_iter())
+                ));
+                self.line((x, key - 4.0), (x + 22.0, key - 4.0), ORANGE, dashed);
+                "what the link carries in the time".into()
             };
-            self.text((x + 238.0, key), 11.0, FAINT, "", what);
+            self.text((x + 28.0, key), 11.0, FAINT, "", &what);
         }
+        let key = y + height + 36.0;
+        self.put(&format!(
+            "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"22\" height=\"10\" fill=\"{BLUE}\" fill-opacity=\"0.18\"/>",
+            key - 9.0
+        ));
+        self.line(
+            (x, key - 4.0),
+            (x + 22.0, key - 4.0),
+            BLUE,
+            "stroke-width=\"2\"",
+        );
+        let what = match found.report.sampling {
+            Some(_) => "mean, and where 95 % lie, with the error of the sample",
+            None => "mean, and where 95 % lie",
+        };
+        self.text((x + 28.0, key), 11.0, FAINT, "", what);
         let line = joined(points.iter().map(|p| (at(p.ms), up(p.pages))));
         self.put(&format!(
             "<polyline points=\"{line}\" fill=\"none\" stroke=\"{BLUE}\" stroke-width=\"2\"/>"
@@ -255,7 +259,7 @@ impl Svg {
                     10.0,
                     FAINT,
                     "text-anchor=\"end\"",
-                    name,
+                    &shortened(name, 14),
                 );
                 free = level;
             }
@@ -276,7 +280,7 @@ impl Svg {
             self.rect((at, key), (2.2, 9.0), &colour(f64::from(step) / 59.0));
         }
         let most = grid.cells.iter().flatten().copied().fold(0.0, f64::max);
-        let label = format!("0 to {most:.2} a page and second, log scale");
+        let label = format!("up to {most:.1} writes seen a page and second (log)");
         self.text((x + 128.0, key + 9.0), 11.0, FAINT, "", &label);
     }
 
@@ -295,8 +299,11 @@ impl Svg {
             .collect();
         let left = self.bars("vCPUs, a page again after each harvest", &vcpus, 40.0, y);
         let right = self.bars("Blocks, different pages", &blocks, 510.0, y);
-        let y = left.max(right) + 24.0;
-        self.text((40.0, y), 11.0, FAINT, "", &cost(report));
+        let mut y = left.max(right) + 8.0;
+        for line in wrapped(&cost(report), 150) {
+            y += 16.0;
+            self.text((40.0, y), 11.0, FAINT, "", &line);
+        }
         y
     }
 
@@ -315,7 +322,8 @@ impl Svg {
         let most = bars.iter().map(|bar| bar.1).fold(1.0, f64::max);
         for (name, rate) in bars.iter().take(16) {
             y += 20.0;
-            self.text((x + 72.0, y), 11.0, INK, "text-anchor=\"end\"", name);
+            let name = shortened(name, 20);
+            self.text((x + 72.0, y), 11.0, INK, "text-anchor=\"end\"", &name);
             self.rect((x + 80.0, y - 10.0), (rate / most * 220.0, 12.0), BLUE);
             let words = format!("{}/s", Bytes(*rate));
             self.text((x + 86.0 + rate / most * 220.0, y), 11.0, FAINT, "", &words);
@@ -358,21 +366,40 @@ fn colour(heat: f64) -> String {
     format!("rgb({r:.0},{g:.0},{b:.0})")
 }
 
-/// Lines of so many letters at most, broken between words.
+/// Lines of so many letters at most, broken between words, but not before a unit.
 fn wrapped(text: &str, most: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
+    let mut words: Vec<String> = Vec::new();
     for word in text.split(' ') {
+        let unit = word.starts_with(|c: char| c.is_ascii_alphabetic() || c == '%');
+        match words.last_mut() {
+            Some(before) if unit && before.ends_with(|c: char| c.is_ascii_digit()) => {
+                before.push(' ');
+                before.push_str(word);
+            }
+            _ => words.push(word.into()),
+        }
+    }
+    let mut lines = vec![String::new()];
+    for word in words {
         let line = lines.len() - 1;
         if lines[line].is_empty() {
-            lines[line].push_str(word);
+            lines[line] = word;
         } else if lines[line].len() + word.len() < most {
             lines[line].push(' ');
-            lines[line].push_str(word);
+            lines[line].push_str(&word);
         } else {
-            lines.push(word.into());
+            lines.push(word);
         }
     }
     lines
+}
+
+/// A name for which there is room for so many letters.
+fn shortened(name: &str, most: usize) -> String {
+    if name.chars().count() <= most {
+        return name.into();
+    }
+    name.chars().take(most - 1).chain(['…']).collect()
 }
 
 fn escaped(text: &str) -> String {
@@ -391,6 +418,14 @@ mod tests {
         let lines = wrapped(text, 10);
         assert!(lines.iter().all(|line| line.len() <= 10), "{lines:?}");
         assert_eq!(lines.join(" "), text);
+        assert_eq!(wrapped("in 86 ms (54 ms", 8), ["in 86 ms", "(54 ms"]);
+        assert_eq!(wrapped("up to 86 ms", 8), ["up to", "86 ms"]);
+    }
+
+    #[test]
+    fn a_name_without_room_shows_that_it_goes_on() {
+        assert_eq!(shortened("ram", 3), "ram");
+        assert_eq!(shortened("größer", 4), "grö…");
     }
 
     #[test]
