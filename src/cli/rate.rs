@@ -22,7 +22,7 @@ use super::options::cancel_on_signal;
 use super::output::Output;
 use super::{Failure, units};
 use crate::rate::process::AddressRange;
-use crate::rate::{Findings, Link, Metered, Report, Verdict, judge};
+use crate::rate::{Findings, Link, Metered, Report, Verdict, glance, judge};
 use exporter::{Exporter, ServeAddress};
 use live::Live;
 
@@ -166,16 +166,19 @@ impl Rate {
     }
 
     fn found<'a>(&self, measured: &'a dyn Findings, metered: &'a Metered) -> Found<'a> {
-        let link = Link {
-            bandwidth: self.bandwidth.unwrap_or(BANDWIDTH),
-            downtime_limit: self.downtime_limit,
-        };
         Found {
             measured,
             metered,
             report: measured.report(),
-            verdict: judge(measured, metered, link),
+            verdict: judge(measured, metered, self.link()),
             assumed: self.bandwidth.is_none(),
+        }
+    }
+
+    fn link(&self) -> Link {
+        Link {
+            bandwidth: self.bandwidth.unwrap_or(BANDWIDTH),
+            downtime_limit: self.downtime_limit,
         }
     }
 
@@ -197,7 +200,10 @@ impl Screen<'_> {
     /// Shows what there is to show.
     fn show(&self, live: &mut Live, measured: &dyn Findings, metered: &Metered, last: bool) {
         if live.is_due(measured) || last {
-            live.show(measured, metered, last);
+            live.show(measured, metered, last, || {
+                let verdict = glance(measured, metered, self.options.link())?;
+                Some(text::foreseen(&verdict, self.options.bandwidth.is_none()))
+            });
         }
         if let Some(exporter) = &self.exporter
             && exporter.is_due(measured)

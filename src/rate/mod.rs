@@ -35,4 +35,6 @@ pub use report::{
     WindowsReport, Within,
 };
 pub use stats::Stats;
+#[cfg(feature = "cli")]
+pub(crate) use verdict::glance;
 pub use verdict::{Link, Needs, Verdict, judge};

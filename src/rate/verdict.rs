@@ -64,6 +64,18 @@ const NEAR: f64 = 1.01;
 /// How a migration of what was measured would go; `None` before anything was.
 #[must_use]
 pub fn judge(measured: &dyn Findings, metered: &Metered, link: Link) -> Option<Verdict> {
+    let (mut verdict, trial) = tried(measured, metered, link)?;
+    verdict.needs = (!verdict.surely).then(|| trial.needs());
+    Some(verdict)
+}
+
+/// As [`judge`], but for what it needs, which takes most of the time to find: for who asks again and again.
+#[cfg(feature = "cli")]
+pub(crate) fn glance(measured: &dyn Findings, metered: &Metered, link: Link) -> Option<Verdict> {
+    tried(measured, metered, link).map(|(verdict, _)| verdict)
+}
+
+fn tried(measured: &dyn Findings, metered: &Metered, link: Link) -> Option<(Verdict, Trial)> {
     let report = measured.report();
     if report.curve.is_empty() {
         return None;
@@ -92,15 +104,16 @@ pub fn judge(measured: &dyn Findings, metered: &Metered, link: Link) -> Option<V
             Seconds(link.downtime_limit.as_secs_f64())
         )
     };
-    Some(Verdict {
+    let verdict = Verdict {
         converges: found.converges,
         surely: found.surely,
         reason,
         bandwidth: link.bandwidth,
         downtime_limit_ms: link.downtime_limit.as_secs_f64() * 1e3,
         forecast: found.forecast,
-        needs: (!found.surely).then(|| trial.needs()),
-    })
+        needs: None,
+    };
+    Some((verdict, trial))
 }
 
 fn goal(downtime_limit: Duration) -> Goal {

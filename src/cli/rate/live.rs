@@ -11,6 +11,8 @@ use crate::rate::{Findings, Metered, Report};
 
 /// Between two pictures.
 const PERIOD: Duration = Duration::from_millis(200);
+/// Between two verdicts, each of which is some milliseconds of work.
+const JUDGED: Duration = Duration::from_secs(1);
 /// Rows of the heat map.
 const ROWS: usize = 8;
 /// Bars at most, of a kind.
@@ -25,6 +27,9 @@ pub struct Live {
     shown: Duration,
     /// Lines of the last picture.
     drawn: usize,
+    /// The last verdict, and when it was asked for.
+    verdict: Option<String>,
+    judged: Option<Duration>,
 }
 
 impl Live {
@@ -33,6 +38,8 @@ impl Live {
             terminal: std::io::stderr().is_terminal(),
             shown: Duration::ZERO,
             drawn: 0,
+            verdict: None,
+            judged: None,
         }
     }
 
@@ -44,13 +51,22 @@ impl Live {
         measured.latest().is_some_and(|w| w.end > self.shown)
     }
 
-    /// Shows it. Whoever watched may be gone.
-    pub fn show(&mut self, measured: &dyn Findings, metered: &Metered, last: bool) {
+    /// Shows it. Whoever watched may be gone. `judge` tells the verdict in a line.
+    pub fn show(
+        &mut self,
+        measured: &dyn Findings,
+        metered: &Metered,
+        last: bool,
+        judge: impl FnOnce() -> Option<String>,
+    ) {
+        if self.terminal {
+            self.judge(measured.duration(), last, judge);
+        }
         let mut stderr = std::io::stderr().lock();
         if self.terminal {
             self.shown = measured.duration();
             let (width, height) = size();
-            let mut lines = picture(measured, metered, width);
+            let mut lines = picture(measured, metered, self.verdict.as_deref(), width);
             // What scrolls out of sight can't be drawn over.
             lines.truncate(height.saturating_sub(1));
             let up = match self.drawn {
@@ -74,6 +90,17 @@ impl Live {
     }
 }
 
+impl Live {
+    /// Asks for the verdict where the one that is shown is out of date.
+    fn judge(&mut self, now: Duration, last: bool, judge: impl FnOnce() -> Option<String>) {
+        let fresh = |then| now.saturating_sub(then) < JUDGED;
+        if last || !self.judged.is_some_and(fresh) {
+            self.verdict = judge();
+            self.judged = Some(now);
+        }
+    }
+}
+
 /// Columns and lines of the terminal.
 fn size() -> (usize, usize) {
     rustix::termios::tcgetwinsize(std::io::stderr())
@@ -83,7 +110,12 @@ fn size() -> (usize, usize) {
 }
 
 /// The lines of a picture so wide.
-fn picture(measured: &dyn Findings, metered: &Metered, width: usize) -> Vec<String> {
+fn picture(
+    measured: &dyn Findings,
+    metered: &Metered,
+    verdict: Option<&str>,
+    width: usize,
+) -> Vec<String> {
     let report = measured.report();
     let rate = measured
         .latest()
@@ -100,8 +132,9 @@ fn picture(measured: &dyn Findings, metered: &Metered, width: usize) -> Vec<Stri
             Bytes(rate),
             pages(report.unique_pages as f64)
         ),
-        cost(&report),
     ];
+    lines.extend(verdict.map(str::to_owned));
+    lines.push(cost(&report));
     lines.push("D(t), different pages written in a time:".into());
     let points = report.curve.iter();
     let bars = points.map(|p| (ms(p.ms).to_string(), p.pages, pages(p.pages).to_string()));
@@ -175,6 +208,34 @@ fn shade(heat: f64) -> char {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gleaner_migrate::Throttles;
+
+    use crate::rate::Measurement;
+
+    #[test]
+    fn the_verdict_is_a_line_near_the_top_and_kept_up_to_date() {
+        let mut live = Live::new();
+        let second = Duration::from_secs(1);
+        let mut asked = 0;
+        // Each 200 ms for 3 s; as good as the last one within a second.
+        for tick in 0..=15 {
+            let now = Duration::from_millis(200) * tick;
+            live.judge(now, false, || {
+                asked += 1;
+                Some(format!("verdict {asked}"))
+            });
+        }
+        assert_eq!(live.verdict.as_deref(), Some("verdict 4"));
+        live.judge(second * 3, true, || Some("the last".into()));
+        let metered = Metered {
+            tracking: "ring".into(),
+            data_pages: 1,
+            throttles: Throttles::Nothing,
+        };
+        let measured = Measurement::new(second);
+        let lines = picture(&measured, &metered, live.verdict.as_deref(), 80);
+        assert_eq!(lines[2], "the last", "{lines:?}");
+    }
 
     #[test]
     fn a_bar_is_as_long_as_its_part() {

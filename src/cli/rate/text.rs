@@ -153,6 +153,18 @@ fn sampled(sampling: &Sampling) -> String {
     )
 }
 
+/// The answer as it is so far, one line.
+pub fn foreseen(verdict: &Verdict, assumed: bool) -> String {
+    let assumed = if assumed { " (assumed)" } else { "" };
+    format!(
+        "a migration at {}/s{assumed} within {} {}: {}",
+        Bytes(verdict.bandwidth as f64),
+        ms(verdict.downtime_limit_ms),
+        verdict.word(),
+        course(verdict)
+    )
+}
+
 /// The answer, some lines.
 pub fn judged(verdict: &Verdict, assumed: bool) -> Vec<String> {
     let assumed = if assumed {
