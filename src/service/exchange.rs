@@ -87,13 +87,24 @@ impl SocketExchange {
     }
 }
 
-/// In the words of whoever lost its guest.
-fn gone(error: io::Error) -> io::Error {
+/// A service does not wait any longer than that for somebody to read its answer.
+const UNREAD: Duration = Duration::from_secs(10);
+
+/// In the words of whoever lost its guest after it had asked for so long.
+fn gone(error: io::Error, asked: Duration) -> io::Error {
     match error.kind() {
         io::ErrorKind::BrokenPipe
         | io::ErrorKind::ConnectionReset
         | io::ErrorKind::UnexpectedEof => {
-            io::Error::new(error.kind(), "the guest's service has gone")
+            let text = if asked < UNREAD {
+                "the guest's service has gone".to_owned()
+            } else {
+                format!(
+                    "the guest's service has gone, or has hung up because its answer was not read: {} s have passed since it was asked",
+                    asked.as_secs()
+                )
+            };
+            io::Error::new(error.kind(), text)
         }
         _ => error,
     }
@@ -102,6 +113,7 @@ fn gone(error: io::Error) -> io::Error {
 impl Exchange for SocketExchange {
     fn ask(&mut self, request: &Request) -> Result<(Response, Option<File>)> {
         // A service that refuses says why before it hangs up, so a failed send is followed by a look for its words.
+        let began = Instant::now();
         let sent = send_request(&mut self.stream, request);
         let answer = self
             .wait()
@@ -114,9 +126,24 @@ impl Exchange for SocketExchange {
                 let _ = self.stream.shutdown(Shutdown::Both);
                 Err(Error::Socket {
                     path: self.path.clone(),
-                    source: gone(source),
+                    source: gone(source, began.elapsed()),
                 })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_did_not_read_for_long_may_have_been_hung_up_on() {
+        let told = |seconds| {
+            let cut = io::ErrorKind::UnexpectedEof.into();
+            gone(cut, Duration::from_secs(seconds)).to_string()
+        };
+        assert_eq!(told(9), "the guest's service has gone");
+        assert!(told(31).contains("was not read: 31 s"), "{}", told(31));
     }
 }

@@ -27,6 +27,8 @@ pub(super) const CHUNK: usize = 1 << 18;
 pub(super) struct Meters {
     tracker: Tracker,
     there: AtomicUsize,
+    /// [`SILENT`], but for tests.
+    silent: Duration,
 }
 
 /// One of the meters that are there, until this is dropped.
@@ -43,12 +45,13 @@ impl Meters {
         Self {
             tracker: tracker.clone(),
             there: AtomicUsize::new(0),
+            silent: SILENT,
         }
     }
 
     /// Serves a meter that has said hello, until it hangs up.
     pub(super) fn serve(&self, stream: &mut UnixStream, version: u32) -> io::Result<()> {
-        stream.set_read_timeout(Some(SILENT))?;
+        stream.set_read_timeout(Some(self.silent))?;
         stream.set_write_timeout(Some(SLOW))?;
         let before = self.there.fetch_add(1, Ordering::SeqCst);
         let _place = Place(&self.there);
@@ -72,11 +75,35 @@ impl Meters {
             rest: Vec::new(),
         };
         send_response(stream, &Response::Welcome { version: VERSION }, None)?;
-        while let Some(request) = receive(stream)? {
-            send_response(stream, &session.handle(&request), None)?;
+        loop {
+            match receive(stream) {
+                Ok(Some(request)) => send_response(stream, &session.handle(&request), None)?,
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    // It reads that when it goes on, in place of an answer.
+                    if is_timeout(&error) {
+                        send_response(stream, &let_go(self.silent), None)?;
+                    }
+                    return Err(error);
+                }
+            }
         }
-        Ok(())
     }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+/// Told to a meter that was silent for so long.
+fn let_go(silent: Duration) -> Response {
+    Response::Error(format!(
+        "nothing was heard of this meter for {} s, so it was let go: begin again",
+        silent.as_secs()
+    ))
 }
 
 /// One meter's.
@@ -113,8 +140,36 @@ fn chunk(rest: &mut Vec<Extent>) -> Vec<Extent> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // helpers are not known to be tests
+    use std::sync::Arc;
+
     use super::*;
+    use crate::model::{ModelConfig, ModelKvm};
+    use crate::service::message::{receive_response, send_request};
     use gleaner_bitmap::BlockId;
+
+    #[test]
+    fn a_meter_that_was_silent_for_too_long_is_told_so_when_it_goes_on() {
+        let kvm = ModelKvm::new(ModelConfig::default());
+        let tracker = Tracker::on(Arc::new(kvm)).build().unwrap();
+        let mut meters = Meters::new(&tracker);
+        meters.silent = Duration::from_millis(1);
+        let (mut meter, mut service) = UnixStream::pair().unwrap();
+        // It says nothing, until the service does not wait any longer and has hung up.
+        let ended = meters.serve(&mut service, VERSION);
+        assert!(is_timeout(&ended.unwrap_err()));
+        drop(service);
+        let (welcome, _) = receive_response(&mut meter).unwrap();
+        assert!(matches!(welcome, Response::Welcome { .. }), "{welcome:?}");
+        // What it asks now nobody hears.
+        assert!(send_request(&mut meter, &Request::Look).is_err());
+        let (told, _) = receive_response(&mut meter).unwrap();
+        let Response::Error(reason) = told else {
+            panic!("{told:?}");
+        };
+        assert!(reason.contains("nothing was heard"), "{reason}");
+        assert_eq!(meters.there.load(Ordering::SeqCst), 0);
+    }
 
     #[test]
     fn whole_chunks_come_first_and_one_that_is_not_last() {
