@@ -111,10 +111,10 @@ impl<'a> Bodies<'a> {
         for body in &self.bodies {
             let mut length = body.len();
             while length >= 0x80 {
-                file.push((length % 0x80) as u8 | 0x80);
+                file.push(length.to_le_bytes()[0] | 0x80);
                 length /= 0x80;
             }
-            file.push(length as u8);
+            file.push(length.to_le_bytes()[0]);
             file.extend(*body);
             file.extend(crc32fast::hash(body).to_le_bytes());
         }

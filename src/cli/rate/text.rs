@@ -13,12 +13,15 @@ pub fn told(found: &Found<'_>) -> String {
     let windows = &report.windows;
     let rate = &windows.bytes_per_second;
     let mut lines = vec![format!(
-        "{}/s dirtied{}, ±{}/s, in {} of {} ({}, {} in all)",
+        "{}/s dirtied{}{}, in {} of {} ({}, {} in all)",
         Bytes(rate.mean),
         interval(report, report.dirty_bytes_per_second_interval95, |n| {
             format!("{}/s", Bytes(n))
         }),
-        Bytes(spread(rate.deviation())),
+        match rate.samples {
+            0 | 1 => String::new(),
+            _ => format!(", ±{}/s", Bytes(spread(rate.deviation()))),
+        },
         count(rate.samples, "window"),
         ms(windows.interval_ms.min(report.duration_ms)),
         way(report, found.metered),
