@@ -7,7 +7,8 @@
 //! | `sample` | of `--dry-run`, in place of rounds | `dirty_pages` were dirtied in `dirty_ms` |
 //! | `end` | last, unless the process was killed | those of a [`Report`] but for its rounds, or of a rehearsal |
 //!
-//! Times end in `_ms`, rates are by the second; a bound that is not known is null.
+//! Times end in `_ms`, rates are by the second; a bound that is not known, has no end, or is over a year, is null,
+//! and `told` has it in words.
 //!
 //! Beside it, in `FILE.pages`, is which pages were dirtied by when: a [trace](gleaner_migrate::trace) for `gleaner plan`.
 

@@ -4,15 +4,15 @@ use serde::{Serialize, Serializer};
 
 use crate::units::{Seconds, within_a_year};
 
-/// What something may be: it is within the bounds with 95 % certainty, as far as what was seen tells. `low <= likely <= high`;
-/// the unit is said where it is used.
+/// What something may be: it is within the bounds with 95 % certainty, as far as what was seen tells; of what nobody has seen
+/// yet they are guessed as wide as that. `low <= likely <= high`; the unit is said where it is used.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize)]
 pub struct Bounds {
-    /// It is hardly less: with 2.5 % certainty.
+    /// It is hardly less: in one case of 40.
     pub low: f64,
     /// The best guess.
     pub likely: f64,
-    /// It is hardly more: with 2.5 % certainty.
+    /// It is hardly more: in one case of 40.
     pub high: f64,
 }
 
