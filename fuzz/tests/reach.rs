@@ -192,6 +192,7 @@ fn traces_are_read_and_refused_for_what_is_wrong_with_them() {
         ("unknown-kind", "unknown kind"),
         ("without-time", "without a time"),
         ("past-the-end", "no block has"),
+        ("across-the-end", "no block has"),
         ("after-a-hundred-years", "hundred years"),
         ("too-much-memory", "more memory"),
         ("no-utf-8", "no UTF-8"),

@@ -89,6 +89,7 @@ pub fn seeds() -> Vec<Seed> {
         ("without-time", with(&[1, 0])),
         // 1064 pages are there.
         ("past-the-end", with(&[1, 1, 0xd0, 0x10])),
+        ("across-the-end", with(&[1, 1, 0xcf, 0x10, 0])),
         (
             "after-a-hundred-years",
             with(&[1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x07]),
