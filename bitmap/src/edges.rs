@@ -5,6 +5,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod portable;
 
 use crate::PageRange;
@@ -14,10 +16,12 @@ use crate::isa::Isa;
 pub(crate) const BLOCK: usize = 64;
 /// A block, and the word before it: its last bit says whether the first bit of the block is an edge.
 pub(crate) type Window = [u64; BLOCK + 1];
+/// Words that are passed over together where they have no edges.
+const STEP: usize = 16;
 /// Words of a scan at most, so that places in it fit 16 bits.
 const SCAN: usize = 1024;
 /// Edges that are enough for a scan to stop, so that they and their runs stay in the nearest cache.
-const ENOUGH: usize = 512;
+const ENOUGH: usize = 1024;
 /// Places that a kernel may write past the edges there are: those that a whole word could have.
 const SLACK: usize = 64;
 
@@ -40,13 +44,15 @@ pub(crate) const fn edges_of(before: u64, word: u64) -> u64 {
 }
 
 impl Edges {
-    /// Takes the edges of `words[1..]`, which is whole blocks, after `words[0]`; returns the number of words that it took. It
-    /// stops early when it has found enough.
+    /// Takes the edges of `words[1..]`, which is a block or more, after `words[0]`; returns the number of words that it took.
+    /// Of a single block it takes all; of more it leaves what is less than one, and stops early when it has found enough.
     pub(crate) fn scan(&mut self, isa: Isa, words: &[u64]) -> usize {
         match isa {
             Isa::Portable => portable::scan(self, words),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::scan(self, words),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::scan(self, words),
         }
     }
 
@@ -67,6 +73,8 @@ impl Edges {
             Isa::Portable => portable::runs(pairs, base, runs),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::runs(pairs, base, runs),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::runs(pairs, base, runs),
         }
     }
 
@@ -75,19 +83,49 @@ impl Edges {
         self.open.take()
     }
 
-    /// Sees to it that there is room for the edges of a block: at first just enough, since most bitmaps are small.
-    #[inline]
-    fn make_room(&mut self, window: &Window) {
-        let full = ENOUGH + BLOCK * 64 + SLACK;
-        if self.places.len() == full {
-            return;
+    /// What all scans do. `quiet` tells how many of the words after the first one, by steps, have no edges; `block` takes the
+    /// edges of a block that begins at a place of the scan, and tells whether there are any.
+    #[inline(always)]
+    fn walk(
+        &mut self,
+        words: &[u64],
+        quiet: impl Fn(&[u64]) -> usize,
+        block: impl Fn(&mut Self, &Window, usize) -> bool,
+    ) -> usize {
+        let words = &words[..words.len().min(SCAN + 1)];
+        let last_block = words.len().saturating_sub(1 + BLOCK);
+        let mut at = 0;
+        // What has edges is followed by what has some, and to ask twice costs more than it saves.
+        let mut is_quiet = true;
+        while self.len < ENOUGH && at <= last_block {
+            if is_quiet {
+                at += quiet(&words[at..]);
+                if at + 1 == words.len() {
+                    break;
+                }
+                at = at.min(last_block);
+            }
+            let Some(window) = words[at..].first_chunk() else {
+                break;
+            };
+            is_quiet = !block(self, window, at);
+            at += BLOCK;
         }
-        let room = if self.places.is_empty() {
-            let edges = |pair: &[u64]| edges_of(pair[0], pair[1]).count_ones() as usize;
-            window.windows(2).map(edges).sum::<usize>() + SLACK
-        } else {
-            full
-        };
-        self.places.resize(room, 0);
+        at
+    }
+
+    /// Sees to it that there is room for the edges of a block in which so many words have some: not much more than that, since
+    /// most bitmaps are small and most words clean.
+    #[inline]
+    fn make_room(&mut self, words: usize) {
+        let room = self.len + words * 64 + SLACK;
+        if self.places.len() < room {
+            self.grow(room);
+        }
+    }
+
+    #[cold]
+    fn grow(&mut self, room: usize) {
+        self.places.resize(room.next_power_of_two(), 0);
     }
 }

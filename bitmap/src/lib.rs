@@ -1,7 +1,7 @@
 //! Pages, memory slots, layouts, dirty bitmaps and the dirty store of Gleaner.
 //!
-//! This crate knows neither KVM nor I/O, and has no `unsafe` code but in the kernels that are written for AVX2. It keeps the part of the work
-//! that must never go wrong: which page a dirty bit means, and who holds it at any moment.
+//! This crate knows neither KVM nor I/O, and has no `unsafe` code but in the kernels that are written for AVX2 and AVX-512. It keeps
+//! the part of the work that must never go wrong: which page a dirty bit means, and who holds it at any moment.
 //!
 //! ```text
 //! DirtySource --collect--> Collected --re-arm--> publish --> DirtyStore --lease--> Lease --ack--> gone

@@ -22,7 +22,7 @@ pub fn pages_of(what: &'static str, bytes: u64) -> Result<u64> {
 
 /// A range of pages inside a RAM block, counted from the block's start.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-#[repr(C)] // kernels write two at a time
+#[repr(C)] // kernels write several at a time
 pub struct PageRange {
     /// First page.
     pub first: u64,

@@ -11,6 +11,8 @@ pub(super) fn or(isa: Isa, dst: &mut [u64], src: &[u64], shift: u64) {
         Isa::Portable => or_here(dst, src, shift),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::or(dst, src, shift),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::or(dst, src, shift),
     }
 }
 
@@ -20,6 +22,8 @@ pub(super) fn count(isa: Isa, words: &[u64]) -> u64 {
         Isa::Portable => count_here(words),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::count(words),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::count(words),
     }
 }
 
@@ -29,6 +33,8 @@ pub(super) fn clear_ahead(isa: Isa, words: &[u64]) -> usize {
         Isa::Portable => clear_ahead_here(words),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::clear_ahead(words),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::clear_ahead(words),
     }
 }
 
@@ -58,37 +64,48 @@ fn clear_ahead_here(words: &[u64]) -> usize {
     passed + words[passed..].iter().take_while(|w| **w == 0).count()
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    #![allow(unsafe_code)] // calls that are allowed where `Isa` has found AVX2
+/// The loops above, compiled for more instructions.
+macro_rules! compiled_for {
+    ($name:ident, $features:literal) => {
+        #[cfg(target_arch = "x86_64")]
+        mod $name {
+            #![allow(unsafe_code)] // calls that are allowed where `Isa` has found these features
 
-    pub(super) fn or(dst: &mut [u64], src: &[u64], shift: u64) {
-        #[target_feature(enable = "avx2")]
-        fn with_avx2(dst: &mut [u64], src: &[u64], shift: u64) {
-            super::or_here(dst, src, shift);
-        }
-        // SAFETY: `Isa::Avx2` is there only where the machine has these instructions.
-        unsafe { with_avx2(dst, src, shift) }
-    }
+            pub(super) fn or(dst: &mut [u64], src: &[u64], shift: u64) {
+                #[target_feature(enable = $features)]
+                fn with_features(dst: &mut [u64], src: &[u64], shift: u64) {
+                    super::or_here(dst, src, shift);
+                }
+                // SAFETY: this member of `Isa` is there only where the machine has these features.
+                unsafe { with_features(dst, src, shift) }
+            }
 
-    pub(super) fn count(words: &[u64]) -> u64 {
-        #[target_feature(enable = "avx2,popcnt")]
-        fn with_avx2(words: &[u64]) -> u64 {
-            super::count_here(words)
-        }
-        // SAFETY: as in `or`.
-        unsafe { with_avx2(words) }
-    }
+            pub(super) fn count(words: &[u64]) -> u64 {
+                #[target_feature(enable = $features)]
+                fn with_features(words: &[u64]) -> u64 {
+                    super::count_here(words)
+                }
+                // SAFETY: as in `or`.
+                unsafe { with_features(words) }
+            }
 
-    pub(super) fn clear_ahead(words: &[u64]) -> usize {
-        #[target_feature(enable = "avx2")]
-        fn with_avx2(words: &[u64]) -> usize {
-            super::clear_ahead_here(words)
+            pub(super) fn clear_ahead(words: &[u64]) -> usize {
+                #[target_feature(enable = $features)]
+                fn with_features(words: &[u64]) -> usize {
+                    super::clear_ahead_here(words)
+                }
+                // SAFETY: as in `or`.
+                unsafe { with_features(words) }
+            }
         }
-        // SAFETY: as in `or`.
-        unsafe { with_avx2(words) }
-    }
+    };
 }
+
+compiled_for!(avx2, "avx2,popcnt");
+compiled_for!(
+    avx512,
+    "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vpopcntdq"
+);
 
 #[cfg(test)]
 mod tests {

@@ -13,7 +13,7 @@ use std::arch::x86_64::{
     _mm256_storeu_si256, _mm256_sub_epi64, _mm256_testz_si256, _mm256_xor_si256,
 };
 
-use super::{BLOCK, ENOUGH, Edges, SCAN, Window, edges_of};
+use super::{BLOCK, Edges, STEP, Window, edges_of};
 use crate::PageRange;
 
 /// For each byte the places of its set bits, as eight bytes of a word.
@@ -50,40 +50,35 @@ pub(super) fn runs(pairs: &[[u16; 2]], base: u64, runs: &mut Vec<PageRange>) {
 
 #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
 fn scan_with_avx2(edges: &mut Edges, words: &[u64]) -> usize {
-    let mut at = 0;
-    // What has edges is followed by what has some, and to ask twice costs more than it saves.
-    let mut quiet = true;
-    while at < SCAN && edges.len < ENOUGH {
-        let Some(window) = words[at..].first_chunk() else {
-            break;
-        };
-        if !quiet || !is_uniform(window) {
-            quiet = !block(edges, window, at);
-        }
-        at += BLOCK;
-    }
-    at
+    edges.walk(
+        words,
+        |words| quiet(words),
+        |edges, window, at| block(edges, window, at),
+    )
 }
 
-/// Words `at..at + 4` of a window.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load(window: &Window, at: usize) -> __m256i {
-    let words: &[u64; 4] = window[at..].first_chunk().unwrap_or(&[0; 4]);
+fn load(words: &[u64; 4]) -> __m256i {
     // SAFETY: reads the four words, at any alignment.
     unsafe { _mm256_loadu_si256(words.as_ptr().cast()) }
 }
 
-/// Whether all bits of the block are like the last one before it.
+/// See [`Edges::walk`]. A loop over short steps: in one that is unrolled over a block each of many loads goes ahead by blocks,
+/// and these are more than a processor's prefetching follows.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn is_uniform(window: &Window) -> bool {
-    let same = _mm256_set1_epi64x((window[0] >> 63).wrapping_neg().cast_signed());
-    let mut other = _mm256_setzero_si256();
-    for at in (0..BLOCK).step_by(4) {
-        other = _mm256_or_si256(other, _mm256_xor_si256(same, load(window, at + 1)));
-    }
-    _mm256_testz_si256(other, other) == 1
+fn quiet(words: &[u64]) -> usize {
+    let same = _mm256_set1_epi64x((words[0] >> 63).wrapping_neg().cast_signed());
+    let (steps, _) = words[1..].as_chunks::<STEP>();
+    let is_quiet = |step: &&[u64; STEP]| {
+        let fours = step.as_chunks().0.iter();
+        let other = fours.fold(_mm256_setzero_si256(), |other, four| {
+            _mm256_or_si256(other, _mm256_xor_si256(same, load(four)))
+        });
+        _mm256_testz_si256(other, other) == 1
+    };
+    steps.iter().take_while(is_quiet).count() * STEP
 }
 
 /// A bit for each word of the block that has edges: that is not like the last bit before it.
@@ -91,11 +86,12 @@ fn is_uniform(window: &Window) -> bool {
 #[inline]
 fn with_edges(window: &Window) -> u64 {
     let mut without = 0;
-    for at in (0..BLOCK).step_by(4) {
-        let last = _mm256_cmpgt_epi64(_mm256_setzero_si256(), load(window, at));
-        let same = _mm256_cmpeq_epi64(last, load(window, at + 1));
+    let (before, here) = (window[..BLOCK].as_chunks().0, window[1..].as_chunks().0);
+    for (n, (before, here)) in before.iter().zip(here).enumerate() {
+        let last = _mm256_cmpgt_epi64(_mm256_setzero_si256(), load(before));
+        let same = _mm256_cmpeq_epi64(last, load(here));
         let four = _mm256_movemask_pd(_mm256_castsi256_pd(same)).cast_unsigned();
-        without |= u64::from(four) << at;
+        without |= u64::from(four) << (4 * n);
     }
     !without
 }
@@ -108,7 +104,7 @@ fn block(edges: &mut Edges, window: &Window, at: usize) -> bool {
     if words == 0 {
         return false;
     }
-    edges.make_room(window);
+    edges.make_room(words.count_ones() as usize);
     let before = edges.len;
     if edges.dense {
         many(edges, window, words, at);
@@ -134,7 +130,7 @@ fn few<const AHEAD: usize>(edges: &mut Edges, window: &Window, mut words: u64, a
         let mut left = edges_of(window[word], window[word + 1]);
         let next = len + left.count_ones() as usize;
         let Some(places) = edges.places[len..].first_chunk_mut::<64>() else {
-            break;
+            unreachable!("room was made for all words");
         };
         for place in places.iter_mut().take(AHEAD) {
             *place = base.wrapping_add(left.trailing_zeros() as u16);
@@ -163,7 +159,7 @@ fn many(edges: &mut Edges, window: &Window, mut words: u64, at: usize) {
         let base = _mm_set1_epi16((((at + word) * 64) as u16).cast_signed());
         let all = edges_of(window[word], window[word + 1]);
         let Some(places) = edges.places[len..].first_chunk_mut::<64>() else {
-            break;
+            unreachable!("room was made for all words");
         };
         macro_rules! byte {
             ($n:literal) => {{

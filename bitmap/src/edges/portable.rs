@@ -1,36 +1,27 @@
 //! Edges without any instruction that not every machine has. Also what the other ways are compared with.
 
-use super::{BLOCK, ENOUGH, Edges, SCAN, Window, edges_of};
+use super::{Edges, STEP, Window, edges_of};
 use crate::PageRange;
 
 /// See [`Edges::scan`].
 pub(super) fn scan(edges: &mut Edges, words: &[u64]) -> usize {
-    let mut at = 0;
-    while at < SCAN && edges.len < ENOUGH {
-        let Some(window) = words[at..].first_chunk() else {
-            break;
-        };
-        if !is_uniform(window) {
-            block(edges, window, at);
-        }
-        at += BLOCK;
-    }
-    at
+    edges.walk(words, quiet, block)
 }
 
-/// Whether all bits of the block are like the last one before it.
-fn is_uniform(window: &Window) -> bool {
-    let same = (window[0] >> 63).wrapping_neg();
-    window[1..]
-        .iter()
-        .fold(0, |other, word| other | (word ^ same))
-        == 0
+/// See [`Edges::walk`].
+fn quiet(words: &[u64]) -> usize {
+    let same = (words[0] >> 63).wrapping_neg();
+    let (steps, _) = words[1..].as_chunks::<STEP>();
+    let is_quiet = |step: &&[u64; STEP]| step.iter().fold(0, |other, w| other | (w ^ same)) == 0;
+    steps.iter().take_while(is_quiet).count() * STEP
 }
 
-/// Takes the edges of a block, which begins at the word `at` of the scan.
+/// Takes the edges of a block, which begins at the word `at` of the scan. Whether it has any.
 #[allow(clippy::cast_possible_truncation)] // a scan is so long that the places of its bits fit
-fn block(edges: &mut Edges, window: &Window, at: usize) {
-    edges.make_room(window);
+fn block(edges: &mut Edges, window: &Window, at: usize) -> bool {
+    let has_edges = |pair: &&[u64]| edges_of(pair[0], pair[1]) != 0;
+    let words = window.windows(2).filter(has_edges).count();
+    edges.make_room(words);
     for (word, pair) in window.windows(2).enumerate() {
         let mut left = edges_of(pair[0], pair[1]);
         let base = ((at + word) * 64) as u16;
@@ -40,6 +31,7 @@ fn block(edges: &mut Edges, window: &Window, at: usize) {
             left &= left - 1;
         }
     }
+    words > 0
 }
 
 /// The runs between pairs of places that are counted from `base`.
