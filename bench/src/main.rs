@@ -154,6 +154,13 @@ fn run(options: &Options) -> Result<Vec<Row>> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    // Cargo joins the features of what it builds together, and the simulator plants bugs.
+    if gleaner_bitmap::mutant::ARE_ASKED_FOR {
+        eprintln!(
+            "gleaner-bench: this build looks for planted bugs wherever one can be, so its figures are too slow: build it by \
+             itself, with `cargo build --release -p gleaner-bench`"
+        );
+    }
     if options.markdown {
         println!("{}\n\n{}", machine::told(), Row::HEAD);
     }

@@ -77,6 +77,9 @@ static PLANTED: AtomicU8 = AtomicU8::new(0);
 #[cfg(feature = "mutants")]
 static FIELD: Mutex<()> = Mutex::new(());
 
+/// Whether bugs can be planted in this build, so that every spot asks for one: it is slower than what users have.
+pub const ARE_ASKED_FOR: bool = cfg!(feature = "mutants");
+
 /// Whether the bug is planted. Every spot where one can be asks this.
 #[cfg(feature = "mutants")]
 #[must_use]

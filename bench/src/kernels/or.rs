@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::hint::black_box;
 
 use gleaner_bitmap::or_bits;
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::bitmaps::Shape;
@@ -212,25 +213,50 @@ fn set_bits(plan: &Plan, guest: Guest, shape: Shape, name: &str, aim: f64) -> Re
     ))
 }
 
-/// Two threads beside one.
+/// A copy in a pool, shared out as the kernel's work is.
+fn copy_in(pool: &ThreadPool, to: &mut [u64], from: &[u64]) {
+    const SHARE: usize = 16 * 1024;
+    pool.install(|| {
+        black_box(to)
+            .par_chunks_mut(SHARE)
+            .zip(from.par_chunks(SHARE))
+            .for_each(|(to, from)| to.copy_from_slice(from));
+    });
+}
+
+/// Two threads beside one; a copy tells how much more memory gives to two cores.
 fn two_cores(plan: &Plan, guest: Guest, name: &str) -> Result<Row> {
     let (one, two) = (threads(1)?, threads(2)?);
     let (src, dst) = bitmaps(guest, Shape::Random(10_000));
     let dst = RefCell::new(dst);
     let or = |pool: &ThreadPool| or_in(pool, &dst, SHIFT, &src);
+    let to = RefCell::new(vec![1; guest.words]);
+    let copy = |pool: &ThreadPool| copy_in(pool, &mut to.borrow_mut(), black_box(&src));
     let rounds = in_turn(
         Clock::Wall,
         plan.pick(15, 1),
         least(plan),
-        [&mut || or(&two), &mut || or(&one)],
+        [
+            &mut || or(&two),
+            &mut || or(&one),
+            &mut || copy(&two),
+            &mut || copy(&one),
+        ],
     );
     let seconds = Spread::of(rounds.iter().map(|round| round[0]).collect()).median;
     let moved = (guest.words * 24) as f64 / seconds / 1e9;
+    let times = |side: usize| {
+        let of = |round: &[f64; 4]| round[side + 1] / round[side];
+        Spread::of(rounds.iter().map(of).collect())
+    };
     Ok(Row::new(
         name,
         Aim::AtLeast(1.6),
-        Spread::of(rounds.iter().map(|round| round[1] / round[0]).collect()),
+        times(0),
         "times one",
-        format!("a shift of {SHIFT}; two cores read and write {moved:.1} GB/s"),
+        format!(
+            "a shift of {SHIFT}; two cores read and write {moved:.1} GB/s. A copy: {:.2} times one",
+            times(2).median
+        ),
     ))
 }

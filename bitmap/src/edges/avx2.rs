@@ -68,7 +68,7 @@ fn load(words: &[u64; 4]) -> __m256i {
 /// and these are more than a processor's prefetching follows.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn quiet(words: &[u64]) -> usize {
+pub(super) fn quiet(words: &[u64]) -> usize {
     let same = _mm256_set1_epi64x((words[0] >> 63).wrapping_neg().cast_signed());
     let (steps, _) = words[1..].as_chunks::<STEP>();
     let is_quiet = |step: &&[u64; STEP]| {

@@ -9,12 +9,12 @@ use std::arch::x86_64::{
     _mm256_storeu_si256, _mm512_add_epi16, _mm512_add_epi64, _mm512_alignr_epi64,
     _mm512_bslli_epi128, _mm512_castsi512_si128, _mm512_castsi512_si256, _mm512_cvtepu8_epi16,
     _mm512_cvtepu16_epi64, _mm512_extracti64x4_epi64, _mm512_loadu_si512,
-    _mm512_maskz_compress_epi8, _mm512_set1_epi16, _mm512_set1_epi64, _mm512_setzero_si512,
-    _mm512_shldi_epi64, _mm512_storeu_si512, _mm512_sub_epi64, _mm512_ternarylogic_epi64,
-    _mm512_test_epi64_mask, _mm512_xor_si512,
+    _mm512_maskz_compress_epi8, _mm512_set1_epi16, _mm512_set1_epi64, _mm512_shldi_epi64,
+    _mm512_storeu_si512, _mm512_sub_epi64, _mm512_test_epi64_mask, _mm512_xor_si512,
 };
 
-use super::{BLOCK, Edges, STEP, Window};
+use super::avx2::quiet;
+use super::{BLOCK, Edges, Window};
 use crate::PageRange;
 
 /// The place of each bit of a word.
@@ -56,25 +56,6 @@ fn scan_with_avx512(edges: &mut Edges, words: &[u64]) -> usize {
 fn load(words: &[u64; 8]) -> __m512i {
     // SAFETY: reads the eight words, at any alignment.
     unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
-}
-
-/// See [`Edges::walk`]. A loop over short steps: in one that is unrolled over a block each of many loads goes ahead by blocks,
-/// and these are more than a processor's prefetching follows.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn quiet(words: &[u64]) -> usize {
-    let same = _mm512_set1_epi64((words[0] >> 63).wrapping_neg().cast_signed());
-    let (steps, _) = words[1..].as_chunks::<STEP>();
-    let is_quiet = |step: &&[u64; STEP]| {
-        /// `a | (b ^ c)`.
-        const OR_XOR: i32 = 0xf6;
-        let eights = step.as_chunks().0.iter();
-        let other = eights.fold(_mm512_setzero_si512(), |other, eight| {
-            _mm512_ternarylogic_epi64::<OR_XOR>(other, same, load(eight))
-        });
-        _mm512_test_epi64_mask(other, other) == 0
-    };
-    steps.iter().take_while(is_quiet).count() * STEP
 }
 
 /// Takes the edges of a block, which begins at the word `at` of the scan. Whether it has any.
