@@ -19,11 +19,13 @@ fn quiet(words: &[u64]) -> usize {
 /// Takes the edges of a block, which begins at the word `at` of the scan. Whether it has any.
 #[allow(clippy::cast_possible_truncation)] // a scan is so long that the places of its bits fit
 fn block(edges: &mut Edges, window: &Window, at: usize) -> bool {
-    let has_edges = |pair: &&[u64]| edges_of(pair[0], pair[1]) != 0;
-    let words = window.windows(2).filter(has_edges).count();
-    edges.make_room(words);
+    let before = edges.len;
     for (word, pair) in window.windows(2).enumerate() {
         let mut left = edges_of(pair[0], pair[1]);
+        if left == 0 {
+            continue;
+        }
+        edges.make_room(1);
         let base = ((at + word) * 64) as u16;
         while left != 0 {
             edges.places[edges.len] = base | left.trailing_zeros() as u16;
@@ -31,7 +33,7 @@ fn block(edges: &mut Edges, window: &Window, at: usize) -> bool {
             left &= left - 1;
         }
     }
-    words > 0
+    edges.len > before
 }
 
 /// The runs between pairs of places that are counted from `base`.
