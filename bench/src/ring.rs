@@ -36,6 +36,8 @@ const RING_BYTES: u32 = 1 << 20;
 const ENTRIES: u64 = 60_000;
 /// Pages one after the other, before the vCPU goes on elsewhere.
 const RUN: u64 = 1000;
+/// Memory that guests of any size write to where locality is to be equal: 256 GiB.
+const SPAN: u64 = TIB / 4;
 
 /// A large guest on the model, with one vCPU.
 struct Guest {
@@ -96,8 +98,19 @@ impl Guest {
         })
     }
 
-    /// Dirties pages in runs of `run`, each somewhere at random, and harvests them. Nanoseconds of user space, and entries.
-    fn turn(&mut self, run: u64) -> Result<(f64, u64)> {
+    /// All of its memory.
+    const fn all(&self) -> PageRange {
+        PageRange::new(0, self.pages)
+    }
+
+    /// As much of it as of any other guest, in its middle.
+    const fn span(&self) -> PageRange {
+        PageRange::new(self.pages / 2, SPAN)
+    }
+
+    /// Dirties pages in runs of `run`, each at random somewhere within a range, and harvests them. Nanoseconds of user space,
+    /// and entries.
+    fn turn(&mut self, run: u64, within: PageRange) -> Result<(f64, u64)> {
         let mut entries = 0;
         {
             let mut model = self.model.state();
@@ -105,7 +118,7 @@ impl Guest {
                 return Err("a ring that was harvested is full".into());
             }
             for _ in 0..ENTRIES / run {
-                let first = random(&mut self.state) % (self.pages / run) * run;
+                let first = within.first + random(&mut self.state) % (within.pages / run) * run;
                 for page in first..first + run {
                     if model
                         .peek(page * PAGE_SIZE)
@@ -206,7 +219,7 @@ fn entry(name: &str, run: u64, plan: &Plan) -> Result<Row> {
     let mut state = 0x9e37_79b9_7f4a_7c15;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..=plan.pick(21, 2) {
-        let (user, entries) = guest.turn(run)?;
+        let (user, entries) = guest.turn(run, guest.all())?;
         ours.push(user / entries as f64);
         let runs = (0..ENTRIES / run).flat_map(|_| {
             let first = random(&mut state) % (TIB / run) * run;
@@ -238,21 +251,36 @@ fn entry(name: &str, run: u64, plan: &Plan) -> Result<Row> {
     ))
 }
 
-/// The same pages dirty, in guests of 1 and of 12 TiB.
+/// As many pages dirty, and as near to each other, in guests of 1 and of 12 TiB.
 fn size(name: &str, plan: &Plan) -> Result<Row> {
     let (mut small, mut large) = (Guest::new(TIB)?, Guest::new(12 * TIB)?);
-    let turn = |guest: &mut Guest| {
-        let (user, entries) = guest.turn(RUN)?;
+    let turn = |guest: &mut Guest, within: fn(&Guest) -> PageRange| {
+        let (user, entries) = guest.turn(RUN, within(guest))?;
         Ok::<_, crate::Error>(Duration::from_secs_f64(
             user * ENTRIES as f64 / entries as f64 / 1e9,
         ))
     };
-    let pairs = turn_about(plan.pick(101, 2), || turn(&mut large), || turn(&mut small))?;
+    let mut both = |within: fn(&Guest) -> PageRange| {
+        turn_about(
+            plan.pick(101, 2),
+            || turn(&mut large, within),
+            || turn(&mut small, within),
+        )
+    };
+    let (pairs, spread) = (both(Guest::span)?, both(Guest::all)?);
     let each = |times: &mut dyn Iterator<Item = Duration>| median(times) * 1e9 / ENTRIES as f64;
+    let told = |pairs: &[(Duration, Duration)]| {
+        let larger = each(&mut pairs.iter().map(|p| p.0));
+        format!(
+            "{larger:.2} and {:.2}",
+            each(&mut pairs.iter().map(|p| p.1))
+        )
+    };
     let text = format!(
-        "user space an entry in a guest of 12 TiB {:.2} ns, of 1 TiB {:.2} ns; 60,000 entries, 1000 pages in a row",
-        each(&mut pairs.iter().map(|p| p.0)),
-        each(&mut pairs.iter().map(|p| p.1)),
+        "user space an entry in guests of 12 and of 1 TiB {} ns: 60,000 entries, 1000 pages in a row, somewhere in 256 GiB; \
+         somewhere in all memory {} ns: no cache holds a bitmap of 12 TiB",
+        told(&pairs),
+        told(&spread)
     );
     Ok(Row::new(
         name,
