@@ -50,6 +50,8 @@ pub enum Mutant {
     InitialBitsTaken,
     /// Memory whose log started with all bits set is leased without being armed.
     LeasedUnarmed,
+    /// It is armed with INITIALLY_SET off, which leaves huge mappings writable.
+    HugeLeftWritable,
     /// Buffers for dirty logs are not checked against the slot, in the model of KVM.
     BufferUnchecked,
     /// A bitmap that is too short for its range is taken for as far as it goes.

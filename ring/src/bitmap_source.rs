@@ -50,17 +50,37 @@ impl BitmapSource {
         self.unarmed = Unarmed::all(layout);
     }
 
-    /// Arms what some pages are part of, and was not armed yet: after they were leased, before their contents are read.
+    /// Arms what some pages are part of, and was not armed yet: after they were leased, before their contents are read. No slot
+    /// may be created meanwhile.
+    ///
+    /// INITIALLY_SET is on while it does. On x86 a log that begins with all bits set leaves huge mappings writable, and a
+    /// CLEAR protects them only while that is on (`kvm_arch_mmu_enable_log_dirty_pt_masked` of Linux):
+    ///
+    /// ```text
+    /// huge page is written -> log starts -> leased, CLEAR without it -> contents are read -> written through the huge mapping: lost
+    /// ```
+    ///
+    /// What is armed once is mapped by small pages from then on, as in every slot that is logged.
     ///
     /// # Errors
-    /// [`crate::Error::ClearDirtyLog`]: some of them may be armed and some not. None of them may be read.
+    /// [`crate::Error::ClearDirtyLog`], [`crate::Error::EnableCapability`]: some of them may be armed and some not. None of them
+    /// may be read. Where it could not be switched off, slots that are created begin with all bits set until this succeeds.
     pub fn arm(&mut self, layout: &Layout, extents: &[Extent]) -> Result<()> {
         if mutant::is_planted(Mutant::LeasedUnarmed) {
             return Ok(());
         }
-        extents
-            .iter()
-            .try_for_each(|e| self.unarmed.arm(&*self.kvm, layout, e.block, e.range))
+        let mut extents = extents.iter();
+        if !extents
+            .clone()
+            .any(|e| self.unarmed.reaches(e.block, e.range))
+        {
+            return Ok(());
+        }
+        let with_huge = !mutant::is_planted(Mutant::HugeLeftWritable);
+        self.kvm.set_manual_protect(true, with_huge)?;
+        let armed =
+            extents.try_for_each(|e| self.unarmed.arm(&*self.kvm, layout, e.block, e.range));
+        armed.and(self.kvm.set_manual_protect(true, false))
     }
 
     /// Logging ends, or nothing can be unarmed any more.

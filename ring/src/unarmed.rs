@@ -56,6 +56,11 @@ impl Unarmed {
             .collect()
     }
 
+    /// Whether any of these pages is in a part that is not armed.
+    pub(crate) fn reaches(&self, block: BlockId, range: PageRange) -> bool {
+        !self.within(block, range).is_empty()
+    }
+
     /// Whether none of these pages is armed: their log need not be fetched.
     pub(crate) fn contains(&self, block: BlockId, range: PageRange) -> bool {
         self.within(block, range)

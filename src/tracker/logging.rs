@@ -23,19 +23,14 @@ impl Shared {
     /// switched off again at once, so that slots which a transaction creates later start with zero bits and log the next
     /// write, and no page is sent again because of a split.
     pub(super) fn start_logging(&self, state: &mut State, start: Start) -> Result<()> {
-        let unarmed = match &mut state.log {
-            KvmLog::Bitmap(source)
-                if self.mode == Mode::BitmapClear
-                    && self.capabilities.initially_set
-                    && start == Start::AllDirty =>
-            {
-                source.all_unarmed(&state.layout);
-                true
-            }
-            _ => false,
-        };
+        let unarmed = self.mode == Mode::BitmapClear
+            && self.capabilities.initially_set
+            && start == Start::AllDirty;
         if unarmed {
             self.kvm.set_manual_protect(true, true)?;
+            if let KvmLog::Bitmap(source) = &mut state.log {
+                source.all_unarmed(&state.layout);
+            }
         }
         let switched = self.switch_on(state);
         let restored = if unarmed && !mutant::is_planted(Mutant::InitialBitsTaken) {

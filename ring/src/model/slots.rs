@@ -21,6 +21,8 @@ pub(super) struct Slot {
     pub(super) mapped: Sparse,
     /// Those of them that can be written without anybody noticing: a write to such a page is not logged again.
     pub(super) writable: Sparse,
+    /// Those that may be part of huge mappings: writable when the log began with all bits set, and not protected since.
+    pub(super) huge: Sparse,
 }
 
 impl Slot {
@@ -35,6 +37,7 @@ impl Slot {
             dirty: None,
             mapped: Sparse::new(pages),
             writable: Sparse::new(pages),
+            huge: Sparse::new(pages),
         }
     }
 
@@ -57,8 +60,11 @@ impl Slot {
             dirty.fill(true);
         }
         // Where all bits are set, protecting is left to the clearing of them; also with rings, which have no bits.
-        if log && !all_set {
+        if log && all_set {
+            self.huge = self.writable.clone();
+        } else if log {
             self.writable.fill(false);
+            self.huge.fill(false);
         }
     }
 
@@ -69,7 +75,8 @@ impl Slot {
             host: self.host.clone(),
             dirty: None,
             mapped: std::mem::replace(&mut self.mapped, none.clone()),
-            writable: std::mem::replace(&mut self.writable, none),
+            writable: std::mem::replace(&mut self.writable, none.clone()),
+            huge: std::mem::replace(&mut self.huge, none),
             ..*self
         }
     }
@@ -79,6 +86,7 @@ impl Slot {
         let zapped = self.mapped.count();
         self.mapped.fill(false);
         self.writable.fill(false);
+        self.huge.fill(false);
         zapped
     }
 }

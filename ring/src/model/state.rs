@@ -365,13 +365,19 @@ impl State {
         }
     }
 
-    /// Word `index` of a slot's dirty bitmap, cleared and its pages protected.
+    /// Word `index` of a slot's dirty bitmap, cleared and its pages protected: those of huge mappings only as long as INITIALLY_SET
+    /// is on, else they stay writable (`kvm_arch_mmu_enable_log_dirty_pt_masked` of Linux on x86).
     pub(super) fn take_word(&mut self, key: SlotKey, index: u64, mask: u64) -> u64 {
+        let initially_set = self.initially_set;
         let Some(slot) = self.slots.get_mut(key) else {
             return 0;
         };
         let hit = slot.dirty.as_mut().map_or(0, |d| d.clear(index, mask));
-        slot.writable.clear(index, hit);
+        if initially_set {
+            slot.huge.clear(index, hit);
+        }
+        let huge = slot.huge.word(index);
+        slot.writable.clear(index, hit & !huge);
         hit
     }
 
