@@ -156,18 +156,25 @@ impl<'a> Supply<'a> {
 
     /// Harvests, and notes whether the destination needs another layout before what was harvested can be sent.
     pub(crate) fn harvest(&mut self) -> Result<Harvested> {
-        let harvested = self.source.harvest()?;
+        let source = &mut self.source;
+        let harvested = self.early.harvest(|| source.harvest())?;
         self.needs_layout(harvested.generation)?;
         Ok(harvested)
     }
 
-    /// The same while a round goes on: what was written before its turn need not go again.
+    /// The same while a round goes on: what was written before its turn need not go again. Nothing depends on it: that of the
+    /// round's end says whether the source can be harvested.
     fn harvest_early(&mut self) -> Result<()> {
         let source = &mut self.source;
-        if let Some(harvested) = self.early.harvest(|| source.harvest_early())? {
-            self.needs_layout(harvested.generation)?;
+        match self.early.harvest(|| source.harvest_early()) {
+            Ok(Some(harvested)) => self.needs_layout(harvested.generation).map(|_| ()),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                tracing::warn!(%error, "a round is not harvested while it goes on");
+                self.early.begin(None);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     /// Notes whether the destination needs another layout before memory can be handed over under it: slots count too.
