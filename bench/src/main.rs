@@ -28,7 +28,8 @@ mod writes;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser};
 
 use row::Row;
 
@@ -154,6 +155,16 @@ fn run(options: &Options) -> Result<Vec<Row>> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    let is_known = |name: &&String| {
+        let mut topics = TOPICS.iter().map(|(topic, ..)| topic);
+        topics.any(|topic| name.starts_with(topic) || topic.starts_with(name.as_str()))
+    };
+    if let Some(name) = options.names.iter().find(|name| !is_known(name)) {
+        let reason = format!("{name} is no topic, and no row's beginning: see --help");
+        Options::command()
+            .error(ErrorKind::InvalidValue, reason)
+            .exit();
+    }
     // Cargo joins the features of what it builds together, and the simulator plants bugs.
     if gleaner_bitmap::mutant::ARE_ASKED_FOR {
         eprintln!(

@@ -84,7 +84,7 @@ impl Demo {
         let service = Service::serve(&tracker, &control, machine.hooks_factory())
             .map_err(output.failure())?;
         machine.start();
-        eprintln!(
+        note!(
             "gleaner: guest of {} MiB with {} vCPUs on {}, workload {}, {} tracking",
             self.guest.ram >> 20,
             self.guest.vcpus,
@@ -147,7 +147,7 @@ impl Demo {
             return Ok(exit_code(&report));
         }
         if !good {
-            eprintln!(
+            note!(
                 "gleaner: guest check: {check}; pages that differ: {}",
                 comparison.differing
             );

@@ -37,7 +37,7 @@ impl Doubts {
 
     /// Says what is awaited.
     pub fn say(awaited: &str) {
-        eprintln!(
+        note!(
             "gleaner: the source may be in doubt of this: awaiting {awaited} for {} s, Ctrl-C ends it",
             DOUBT.as_secs()
         );

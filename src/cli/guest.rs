@@ -61,7 +61,7 @@ impl Guest {
             .transpose();
         let qmp = qmp.map_err(output.failure())?;
         machine.start();
-        eprintln!(
+        note!(
             "gleaner: guest runs on {} with {} tracking, service at {}",
             machine.backend(),
             machine.tracker().mode(),
@@ -83,7 +83,7 @@ pub fn watch(machine: &Machine, cancel: &CancelToken) -> Result<(), String> {
             match &status {
                 MachineStatus::Running => {}
                 MachineStatus::MigratedAway => {
-                    eprintln!("gleaner: the guest has migrated away, it stays stopped here")
+                    note!("gleaner: the guest has migrated away, it stays stopped here")
                 }
                 MachineStatus::Failed(reason) => return Err(reason.clone()),
             }

@@ -63,7 +63,7 @@ impl Directory {
         let half = self.half_device_state();
         for path in self.blocks.iter().chain([&half]) {
             if let Err(error) = remove(path) {
-                eprintln!("gleaner: {} is of no use: {error}", path.display());
+                note!("gleaner: {} is of no use: {error}", path.display());
             }
         }
     }

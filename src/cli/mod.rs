@@ -1,5 +1,8 @@
 //! The command line: what it takes, and who does it.
 
+#[macro_use]
+mod output;
+
 mod compare;
 mod demo;
 mod doubts;
@@ -8,7 +11,6 @@ mod format;
 mod guest;
 mod images;
 mod options;
-mod output;
 mod plan;
 mod progress;
 mod rate;
@@ -86,6 +88,7 @@ pub fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
         .with_writer(std::io::stderr)
+        .log_internal_errors(false)
         .init();
     let outcome = match cli.command {
         Command::Demo(demo) => demo.run(),

@@ -35,7 +35,8 @@ pub struct GuestOptions {
     /// What the guest writes: idle, sweep, random or hot:SIZE.
     #[arg(long, default_value = "random")]
     pub workload: Workload,
-    /// Pages a second that it writes at most; as many as it can unless given.
+    /// Pages a second that it writes at most, beside its page tables, in which the machine notes that; as many as it can unless
+    /// given. A device of the VMM's writes meanwhile, 8 pages each millisecond.
     #[arg(long, value_name = "PAGES", value_parser = clap::value_parser!(u64).range(1..))]
     pub write_rate: Option<u64>,
     /// Slot transactions a second, or max.
@@ -106,7 +107,7 @@ impl BackendChoice {
             Self::Auto => {
                 let (backend, why) = Backend::detect();
                 if let Some(why) = why {
-                    eprintln!("gleaner: {why}: running on {backend} instead");
+                    note!("gleaner: {why}: running on {backend} instead");
                 }
                 backend
             }
@@ -144,7 +145,7 @@ pub struct MigrationOptions {
     /// vCPUs.
     #[arg(long, value_enum, default_value_t = Slow::Never)]
     pub throttle: Slow,
-    /// Record the rounds in this file, as JSON lines.
+    /// Record the rounds in this file, as JSON lines, and in FILE.pages which pages were dirtied by when, for `gleaner plan`.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
 }

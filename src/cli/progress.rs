@@ -84,7 +84,7 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         if self.in_place && self.drawn {
-            eprintln!();
+            note!();
         }
     }
 }

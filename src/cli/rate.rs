@@ -19,7 +19,7 @@ use gleaner_migrate::CancelToken;
 use serde_json::{Value, json};
 
 use super::options::cancel_on_signal;
-use super::output::Output;
+use super::output::{Output, cannot_write, expect_to_write};
 use super::{Failure, units};
 use crate::rate::process::AddressRange;
 use crate::rate::{Findings, Link, Metered, Report, Verdict, glance, judge};
@@ -44,7 +44,7 @@ const SAMPLED_DURATION: Duration = Duration::from_secs(20);
 )]
 pub struct Rate {
     /// Socket of the service.
-    #[arg(long, value_name = "PATH", required_unless_present = "pid")]
+    #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
     /// A process whose memory holds a guest's RAM, of which nothing else is asked: it takes CAP_SYS_PTRACE, or the same user.
     #[arg(long, value_name = "PID", conflicts_with = "control")]
@@ -85,7 +85,7 @@ pub struct Rate {
     pub svg: Option<PathBuf>,
     /// Record into this file which pages are written by when, for `gleaner plan`: four times in each downtime limit, at most
     /// every 50ms.
-    #[arg(long, value_name = "FILE", requires = "control")]
+    #[arg(long, value_name = "FILE", conflicts_with = "pid")]
     pub record: Option<PathBuf>,
 }
 
@@ -102,6 +102,11 @@ struct Found<'a> {
 impl Rate {
     /// What no single option can tell.
     pub fn check(&self) -> Result<(), String> {
+        if self.control.is_none() && self.pid.is_none() {
+            return Err(
+                "write --control PATH of a guest's service, or --pid PID of any VMM".into(),
+            );
+        }
         if self.interval < LEAST {
             return Err("--interval: pages are looked at every 50ms, no window is shorter".into());
         }
@@ -116,10 +121,12 @@ impl Rate {
         let output = Output { json: self.json };
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(output.failure())?;
+        let svg = self.svg.as_deref().map(expect_to_write);
+        svg.transpose().map_err(output.failure())?;
         let exporter = self.serve.as_ref().map(Exporter::bind);
         let exporter = exporter.transpose().map_err(output.failure())?;
         if let Some(exporter) = &exporter {
-            eprintln!("gleaner: metrics at http://{}/metrics", exporter.address());
+            note!("gleaner: metrics at http://{}/metrics", exporter.address());
         }
         let screen = Screen {
             options: &self,
@@ -135,34 +142,32 @@ impl Rate {
     }
 
     /// Tells what was found, in every way that is asked for; and why it is not all, if something ended it early.
-    fn tell(
-        &self,
-        measured: &dyn Findings,
-        metered: &Metered,
-        lost: Option<&str>,
-    ) -> Result<ExitCode, String> {
+    fn tell(&self, measured: &dyn Findings, metered: &Metered, lost: Option<&str>) -> ExitCode {
         let found = self.found(measured, metered);
-        if let Some(path) = &self.svg {
-            let written = std::fs::write(path, svg::picture(&found));
-            let fail = |error| format!("can't write {}: {error}", path.display());
-            written.map_err(fail)?;
-        }
         let mut object = found.object();
         if let Some(reason) = lost {
             object["status"] = "failed".into();
             object["reason"] = reason.into();
         }
-        Output { json: self.json }.result(&object, || {
+        let told = Output { json: self.json }.result(&object, || {
             if self.prometheus {
                 prometheus::exposition(&found).trim_end().to_owned()
             } else {
                 text::told(&found)
             }
         });
-        Ok(lost.map_or(ExitCode::SUCCESS, |reason| {
-            eprintln!("gleaner: {reason}");
+        let path = self.svg.as_deref();
+        let drawn = path.map_or(Ok(()), |path| {
+            let picture = std::fs::write(path, svg::picture(&found));
+            picture.map_err(|error| cannot_write(path, &error))
+        });
+        let failures = drawn.err().into_iter().chain(lost.map(str::to_owned));
+        let failed = failures.map(|reason| note!("gleaner: {reason}")).count();
+        if told && failed == 0 {
+            ExitCode::SUCCESS
+        } else {
             ExitCode::FAILURE
-        }))
+        }
     }
 
     fn found<'a>(&self, measured: &'a dyn Findings, metered: &'a Metered) -> Found<'a> {

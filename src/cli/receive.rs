@@ -67,7 +67,7 @@ impl Receive {
         }
         let ended = self.run_native(output);
         Ok(ended.unwrap_or_else(|failure| {
-            eprintln!("gleaner: {}", failure.reason);
+            note!("gleaner: {}", failure.reason);
             if output.json {
                 output.result(&Received::unbegun(failure.reason), String::new);
             }
@@ -94,7 +94,7 @@ impl Receive {
         // Before the guest comes: one that has come must not be lost for a path that is in use.
         let mut control = bind().map_err(output.failure())?;
         let listener = self.tls.listener(&self.listen).map_err(output.failure())?;
-        eprintln!(
+        note!(
             "gleaner: listening at {}",
             listener_name(&self.listen, &listener)
         );
@@ -119,7 +119,7 @@ impl Receive {
             let heard = match heard {
                 Err(error) if doubts.end().is_some() => {
                     // It must be there to be asked, whatever becomes of others.
-                    eprintln!("gleaner: {error}");
+                    note!("gleaner: {error}");
                     std::thread::sleep(doubts::RETRY);
                     continue;
                 }
@@ -153,7 +153,7 @@ impl Receive {
                 return Ok(ExitCode::SUCCESS);
             }
             let reason = received.reason.as_deref();
-            eprintln!("gleaner: {}", reason.unwrap_or("nothing was received"));
+            note!("gleaner: {}", reason.unwrap_or("nothing was received"));
             let doubt = in_doubt(&received, &listener);
             if let Some(id) = doubt {
                 doubts.begin(id);
@@ -172,7 +172,7 @@ impl Receive {
             match bind() {
                 Ok(again) => control = again,
                 Err(error) => {
-                    eprintln!("gleaner: no other guest is taken: {error}");
+                    note!("gleaner: no other guest is taken: {error}");
                     break;
                 }
             }
@@ -231,7 +231,7 @@ impl Receive {
         let received = received.unwrap_or_else(QemuReceived::unbegun);
         output.result(&received, || images::summary(&received, dir));
         if let Some(reason) = &received.reason {
-            eprintln!("gleaner: {reason}");
+            note!("gleaner: {reason}");
             return ExitCode::FAILURE;
         }
         ExitCode::SUCCESS
@@ -244,7 +244,7 @@ impl Receive {
         let cancel = CancelToken::new();
         cancel_on_signal(&cancel).map_err(Error::destination)?;
         let listener = Listener::bind(&self.listen)?;
-        eprintln!(
+        note!(
             "gleaner: listening at {}",
             listener_name(&self.listen, &listener)
         );
@@ -262,7 +262,7 @@ fn host(
 ) -> ExitCode {
     let served = control.map(|socket| socket.serve(machine.tracker(), machine.hooks_factory()));
     if let Some(Err(error)) = &served {
-        eprintln!("gleaner: the guest runs, but can't be served again: {error}");
+        note!("gleaner: the guest runs, but can't be served again: {error}");
     }
     std::thread::scope(|scope| {
         scope.spawn(|| doubts::answer(listener, outcomes, cancel));
@@ -272,7 +272,7 @@ fn host(
         match watched {
             Ok(()) => ExitCode::SUCCESS,
             Err(reason) => {
-                eprintln!("gleaner: {reason}");
+                note!("gleaner: {reason}");
                 ExitCode::FAILURE
             }
         }

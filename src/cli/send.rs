@@ -137,7 +137,7 @@ impl Send {
                 return Ok(unasked(output, earlier));
             }
             Ok(Attach::InDoubt(source, earlier)) => {
-                eprintln!("gleaner: migration {earlier} is in doubt, asking {address}");
+                note!("gleaner: migration {earlier} is in doubt, asking {address}");
                 let outcome = to.and_then(|to| query(&to, earlier, QUERY_PATIENCE));
                 return Ok(settle(output, source, earlier, outcome));
             }
@@ -311,7 +311,7 @@ pub fn exit_code(report: &Report) -> ExitCode {
     if report.status == Status::Completed {
         return ExitCode::SUCCESS;
     }
-    eprintln!(
+    note!(
         "gleaner: {}",
         report
             .reason

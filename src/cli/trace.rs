@@ -92,7 +92,7 @@ impl Trace {
             return;
         };
         if let Err(error) = file.write_all(format!("{line}\n").as_bytes()) {
-            eprintln!(
+            note!(
                 "gleaner: the trace {} ends here: {error}",
                 written.path.display()
             );
@@ -127,7 +127,7 @@ pub fn recording(
     let report = migrate(&mut recorder);
     recorder.end();
     if let Some(failure) = recorder.failure() {
-        eprintln!("gleaner: the trace of dirtied pages ends early: {failure}");
+        note!("gleaner: the trace of dirtied pages ends early: {failure}");
     }
     report
 }

@@ -1,6 +1,7 @@
 //! `gleaner plan`: from a trace to a table, an object and a drawing; what is no trace is one clear line.
 
 use std::fs;
+use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 
@@ -110,7 +111,8 @@ fn what_is_no_trace_is_one_clear_line() {
         "damaged at byte",
     );
     // The rounds of a migration, beside which there are no pages.
-    refused(b"{\"kind\":\"start\"}", ".pages: No such file");
+    refused(b"{\"kind\":\"start\"}", "is no trace; of one that");
+    refused(&whole[..20], "the trace has no record to plan by");
 
     // One whose writer was killed is used as far as it goes, and says so.
     fs::write(&trace, &whole[..whole.len() - 3]).unwrap();
@@ -121,6 +123,61 @@ fn what_is_no_trace_is_one_clear_line() {
         (&"planned".into(), Some(0)),
         "{cut:?}"
     );
+}
+
+#[test]
+fn what_was_asked_for_and_can_t_be_written_is_a_failure_with_a_line() {
+    let place = Place::new();
+    let asked = [
+        "plan",
+        "--generate",
+        "idle",
+        "--ram",
+        "64M",
+        "--duration",
+        "10s",
+    ];
+    let plan = |more: &[&str], out: Stdio, err: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gleaner"));
+        command.args(asked).args(["--bandwidth", "1G"]).args(more);
+        let ended = command.stdout(out).stderr(err).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (ended.status.code(), text(ended.stdout), text(ended.stderr))
+    };
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").unwrap());
+    for more in [&[][..], &["--json"]] {
+        let (code, _, said) = plan(more, full(), Stdio::piped());
+        assert_eq!((code, said.lines().count()), (Some(1), 1), "{said}");
+        assert!(
+            said.contains("can't be written to standard output"),
+            "{said}"
+        );
+    }
+    // Nobody hears of it, and it is no harm.
+    let (code, told, _) = plan(&[], Stdio::piped(), full());
+    assert_eq!(code, Some(0));
+    assert!(told.contains("clairvoyant"), "{told}");
+    // A picture that can't be drawn is told of before what takes long, and one that is cut short takes no table along.
+    let nowhere = place.arg("nowhere/plan.svg");
+    let (code, told, said) = plan(&["--svg", &nowhere], Stdio::piped(), Stdio::piped());
+    assert_eq!((code, &*told), (Some(1), ""), "{told}");
+    assert!(said.contains("can't write"), "{said}");
+    let (code, told, said) = plan(&["--svg", "/dev/full"], Stdio::piped(), Stdio::piped());
+    assert_eq!(code, Some(1), "{told}");
+    assert!(
+        told.contains("clairvoyant") && said.contains("can't write /dev/full"),
+        "{told}{said}"
+    );
+}
+
+#[test]
+fn a_rate_has_to_know_of_whom_and_records_no_process() {
+    let alone = run(&["rate"]);
+    assert_eq!(alone.code, Some(2), "{alone:?}");
+    assert!(alone.stderr.contains("or --pid PID"), "{alone:?}");
+    let sampled = run(&["rate", "--pid", "1", "--record", "trace"]);
+    assert_eq!(sampled.code, Some(2), "{sampled:?}");
+    assert!(sampled.stderr.contains("--record"), "{sampled:?}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::options::cancel_on_signal;
-use super::output::Output;
+use super::output::{Output, cannot_write, expect_to_write};
 use super::{Failure, trace, units};
 use crate::PAGE_SIZE;
 use busy::{Busy, Stoppable};
@@ -120,18 +120,24 @@ impl Plan {
 
     fn plan(&self, cancel: &CancelToken) -> Result<ExitCode, String> {
         let output = Output { json: self.json };
+        self.svg.as_deref().map_or(Ok(()), expect_to_write)?;
         let (trace, bytes) = self.load(cancel)?;
         let about = About::of(&trace, bytes);
+        if about.records == 0 {
+            let cut = about.cut_at.map_or(String::new(), |at| {
+                format!(": it is cut at byte {at}, in the middle of the first one")
+            });
+            return Err(format!("the trace has no record to plan by{cut}"));
+        }
         if let Some(at) = about.cut_at {
-            eprintln!(
+            note!(
                 "gleaner: the trace is cut at byte {at}, in the middle of a record: what comes before is used, {} s",
                 trace.microseconds() as f64 / 1e6
             );
         }
         let Some(bandwidth) = self.bandwidth else {
             let object = json!({"status": "generated", "trace": about});
-            output.result(&object, || table::of_trace(&about));
-            return Ok(ExitCode::SUCCESS);
+            return Ok(told(output.result(&object, || table::of_trace(&about))));
         };
         let terms = Terms {
             bandwidth,
@@ -148,11 +154,6 @@ impl Plan {
             outcomes.push(replay(&trace, &terms, rule, cancel).map_err(|e| e.to_string())?);
         }
         drop(busy);
-        if let Some(path) = &self.svg {
-            let drawn = svg::draw(&trace, &terms, &outcomes);
-            fs::write(path, drawn)
-                .map_err(|error| format!("can't write {}: {error}", path.display()))?;
-        }
         let object = json!({
             "status": "planned",
             "trace": about,
@@ -161,10 +162,17 @@ impl Plan {
             "timeout_ms": within_a_year(terms.horizon(&trace).as_secs_f64() * 1e3),
             "rules": outcomes,
         });
-        output.result(&object, || {
+        let tabled = output.result(&object, || {
             table::of_plan(&about, &terms, terms.horizon(&trace), &outcomes)
         });
-        Ok(ExitCode::SUCCESS)
+        let drawn = self.svg.as_deref().map_or(Ok(()), |path| {
+            let drawn = fs::write(path, svg::draw(&trace, &terms, &outcomes));
+            drawn.map_err(|error| cannot_write(path, &error))
+        });
+        if let Err(reason) = &drawn {
+            note!("gleaner: {reason}");
+        }
+        Ok(told(tabled && drawn.is_ok()))
     }
 
     /// The trace, and the size of its file if it has one.
@@ -194,11 +202,20 @@ impl Plan {
     fn doubt(&self, trace: &Trace) {
         let mean = trace.microseconds() as f64 / trace.records().len().max(1) as f64 / 1e6;
         if mean > self.downtime_limit.as_secs_f64() / 2.0 {
-            eprintln!(
+            note!(
                 "gleaner: a record of the trace covers {}, which is long beside the limit of downtime: what is dirtied in shorter times is a guess",
                 Seconds(mean)
             );
         }
+    }
+}
+
+/// The status of a command that told all it was asked for, or did not.
+const fn told(all: bool) -> ExitCode {
+    if all {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 
@@ -211,12 +228,16 @@ fn open(path: &Path, cancel: &CancelToken) -> Result<(Trace, Option<u64>), Strin
     let mut first = [0];
     let read = file(path)?.read(&mut first);
     let rounds = matches!(read, Ok(1)) && first == *b"{";
-    let path = if rounds {
-        trace::pages_beside(path)
+    let (path, opened) = if rounds {
+        let pages = trace::pages_beside(path);
+        let opened = file(&pages).map_err(|reason| {
+            let path = path.display();
+            format!("{path} is no trace; of one that `send --trace` wrote it has the rounds, and {reason}")
+        })?;
+        (pages, opened)
     } else {
-        path.to_owned()
+        (path.to_owned(), file(path)?)
     };
-    let opened = file(&path)?;
     let bytes = opened.metadata().ok().map(|metadata| metadata.len());
     let trace = Trace::read(Stoppable(opened, cancel))
         .map_err(|error| format!("{}: {error}", path.display()))?;

@@ -20,8 +20,11 @@ impl Screen<'_> {
         let options = self.options;
         let record = options.record.as_deref();
         let recording = record.map(|path| Recording::create(path, options.downtime_limit));
-        let (measured, lost) = self.count(&mut client, recording.transpose()?)?;
-        options.tell(&measured, client.metered(), lost.as_deref())
+        let mut recording = recording.transpose()?;
+        let (measured, lost) = self.count(&mut client, recording.as_mut())?;
+        let kept = recording.is_none_or(|recording| recording.end(measured.duration()));
+        let code = options.tell(&measured, client.metered(), lost.as_deref());
+        Ok(if kept { code } else { ExitCode::FAILURE })
     }
 
     /// Looks until it is over, by time or by the user, or because the guest has gone; and why it could not look on, if there
@@ -29,7 +32,7 @@ impl Screen<'_> {
     fn count(
         &self,
         client: &mut MeterClient,
-        mut recording: Option<Recording>,
+        mut recording: Option<&mut Recording>,
     ) -> Result<(Measurement, Option<String>), String> {
         let began = Instant::now();
         let duration = self.options.time(DURATION).unwrap_or(Duration::MAX);
@@ -69,9 +72,6 @@ impl Screen<'_> {
             }
             due = due.min(duration);
         };
-        if let Some(recording) = recording {
-            recording.end(measured.duration());
-        }
         Ok((measured, lost))
     }
 }

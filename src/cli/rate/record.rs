@@ -54,7 +54,7 @@ impl Recording {
         };
         match self.written(trace, look) {
             Ok(trace) => self.trace = Some(Written::Begun(trace)),
-            Err(error) => eprintln!(
+            Err(error) => note!(
                 "gleaner: the trace {} ends here: {error}",
                 self.path.display()
             ),
@@ -95,10 +95,12 @@ impl Recording {
         Ok(trace)
     }
 
-    /// Writes what the looks after the last record found.
-    pub fn end(mut self, at: Duration) {
-        let Some(Written::Begun(mut trace)) = self.trace.take() else {
-            return;
+    /// Writes what the looks after the last record found. Whether all of the trace is there.
+    pub fn end(mut self, at: Duration) -> bool {
+        let mut trace = match self.trace.take() {
+            Some(Written::Begun(trace)) => trace,
+            Some(Written::NotBegun(_)) => return true,
+            None => return false,
         };
         let ended = if at > self.recorded {
             trace.record(at)
@@ -111,11 +113,12 @@ impl Recording {
                 .flush()
                 .map_err(|error| error.to_string())
         });
-        if let Err(error) = ended {
-            eprintln!(
+        if let Err(error) = &ended {
+            note!(
                 "gleaner: the trace {} ends early: {error}",
                 self.path.display()
             );
         }
+        ended.is_ok()
     }
 }

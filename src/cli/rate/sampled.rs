@@ -19,7 +19,7 @@ impl Screen<'_> {
         let told = |error: ProcessError| error.to_string();
         let mut process = Process::open(pid, &self.options.range).map_err(told)?;
         if self.options.range.is_empty() && !process.has_vm() {
-            eprintln!(
+            note!(
                 "gleaner: process {pid} has no VM of KVM: its largest memory is taken for a guest's RAM"
             );
         }
@@ -36,7 +36,7 @@ impl Screen<'_> {
         let mut sampler = Sampler::new(goal, found, cpu_time(), per_look, seed());
         self.watch(&mut process, &mut sampler).map_err(told)?;
         let found = sampler.found();
-        self.options.tell(found, &metered(found), None)
+        Ok(self.options.tell(found, &metered(found), None))
     }
 
     /// Looks until it is over, by time or by the user.

@@ -38,7 +38,7 @@ pub fn told(found: &Found<'_>) -> String {
         pages(report.unique_pages as f64),
         pages(report.guest_pages as f64),
         match report.pages_written {
-            Some(written) => format!("; {written} dirtied by vCPUs, again after each harvest too"),
+            Some(written) => format!("; {written} dirtied by vCPUs, again after each harvest too; the VMM and its devices are not among these"),
             None => String::new(),
         }
     ));
