@@ -80,7 +80,8 @@ impl BitmapSource {
         self.kvm.set_manual_protect(true, with_huge)?;
         let armed =
             extents.try_for_each(|e| self.unarmed.arm(&*self.kvm, layout, e.block, e.range));
-        armed.and(self.kvm.set_manual_protect(true, false))
+        let goes_on = mutant::is_planted(Mutant::InitialBitsTaken);
+        armed.and(self.kvm.set_manual_protect(true, goes_on))
     }
 
     /// Logging ends, or nothing can be unarmed any more.
