@@ -26,6 +26,11 @@ fn write_both(guest: &mut Guest, harvest: u32) {
     }
 }
 
+fn fail_early(guest: &mut Guest, harvest: u32) {
+    guest.failing = Some("harvest early");
+    write_both(guest, harvest);
+}
+
 fn plug(guest: &mut Guest, harvest: u32) {
     if harvest == 2 {
         guest.add_block("dimm", 20);
@@ -74,6 +79,14 @@ fn again(report: &Report) -> u64 {
 fn a_page_that_is_written_before_its_turn_goes_once() {
     let migrated = migrate(write_both, false);
     assert_eq!(again(&migrated.report), 1);
+    assert_same(&migrated.source, &migrated.place);
+}
+
+#[test]
+fn a_round_that_cannot_be_harvested_on_its_way_goes_on() {
+    let migrated = migrate(fail_early, false);
+    // Both writes are found at the end of the round.
+    assert_eq!(again(&migrated.report), 2);
     assert_same(&migrated.source, &migrated.place);
 }
 

@@ -64,7 +64,8 @@ impl BitmapSource {
     ///
     /// # Errors
     /// [`crate::Error::ClearDirtyLog`], [`crate::Error::EnableCapability`]: some of them may be armed and some not. None of them
-    /// may be read. Where it could not be switched off, slots that are created begin with all bits set until this succeeds.
+    /// may be read. Where it could not be switched off, slots that are created begin with all bits set until something else is
+    /// armed: their pages go without need, and none is lost.
     pub fn arm(&mut self, layout: &Layout, extents: &[Extent]) -> Result<()> {
         if mutant::is_planted(Mutant::LeasedUnarmed) {
             return Ok(());

@@ -233,6 +233,11 @@ impl Source for ToySource {
         })
     }
 
+    fn harvest_early(&mut self) -> Result<Option<Harvested>> {
+        drop(self.call("harvest early")?);
+        self.harvest().map(Some)
+    }
+
     fn lease(&mut self, max_pages: u64) -> Result<Option<PageLease>> {
         let mut guest = self.call("lease")?;
         let free: BTreeSet<_> = guest
